@@ -1,0 +1,1 @@
+"""memcompile: a declarative compiler that rewrites transformers into memory-efficient equivalents."""
