@@ -1,0 +1,15 @@
+"""The dialect: custom operators in the torch namespace `memcompile::`, each declared once in this folder."""
+
+from __future__ import annotations
+
+from memcompile.dialect.attention import ATTENTION, attention, attention_definition, visible_keys
+from memcompile.dialect.experts import EXPERTS, experts
+from memcompile.dialect.observe import OBSERVE, observe
+from memcompile.dialect.op import DIALECT, Cost, DialectOp
+from memcompile.dialect.rms_norm import RMS_NORM, rms_norm
+from memcompile.dialect.rotary import ROTARY, rotary
+
+__all__ = [
+    "ATTENTION", "DIALECT", "EXPERTS", "OBSERVE", "RMS_NORM", "ROTARY", "Cost", "DialectOp",
+    "attention", "attention_definition", "experts", "observe", "rms_norm", "rotary", "visible_keys",
+]  # fmt: skip
