@@ -1,0 +1,81 @@
+"""What every test shares: one thread, no network, models made once."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: two OpenMP threads on a busy machine can be ten times slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout's top folder."""
+    return ROOT
+
+
+@pytest.fixture(autouse=True)
+def _one_torch_thread() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The real SmolLM2-135M-Instruct as a GGUF file. Tests that use it are marked slow."""
+    if not SMOLLM2.exists():
+        pytest.skip("SmolLM2 has not been fetched: run `make models`")
+    return SMOLLM2
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function from a family to a Hugging Face folder with its tiny model and a tokenizer, written once."""
+    from tests.models import save_tiny
+
+    written: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in written:
+            written[family] = save_tiny(family, tmp_path_factory.mktemp(family))
+        return written[family]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def book() -> str:
+    """The text of Persuasion, which the repository ships."""
+    import lzma
+
+    with lzma.open(ROOT / "examples" / "texts" / "persuasion.txt.xz", "rt", encoding="utf-8") as file:
+        return file.read()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what uses the real model as slow, and skip what needs a GPU where there is none."""
+    for item in items:
+        if "smollm2_path" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+    wanting = [item for item in items if item.get_closest_marker("needs_gpu")]
+    if wanting and not _has_gpu():
+        for item in wanting:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
