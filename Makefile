@@ -1,0 +1,72 @@
+# Two commands matter most: `make demo` and `make test`. `make help` lists the rest.
+# PYTHON chooses the interpreter (3.11 or newer); everything is installed into .venv and nowhere else.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+# `make check FAST_TESTS=no` leaves the tests to a `make test` that follows.
+FAST_TESTS ?= yes
+
+.DEFAULT_GOAL := help
+.PHONY: help setup models check format lint fast-tests test demo demo-short bench docs clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+setup: $(READY)  ## make .venv with the pinned dependencies and a CPU build of torch
+
+$(READY): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "memcompile needs Python 3.11 or newer"; exit 1; }
+	@echo "setting up $(VENV) (about 2 GB, a few minutes the first time) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) setuptools torch
+	@$(PIP) --no-build-isolation -e '.[cpu,dev]'
+	@$(BIN)/python -c 'import torch; print("torch", torch.__version__)'
+	@touch $@
+
+models: $(MODEL)  ## fetch SmolLM2-135M-Instruct (93 MB) into models/
+
+$(MODEL): | $(READY)
+	@$(BIN)/python examples/fetch_model.py
+
+check: lint  ## format, ruff, mypy, import rules, docs, fast tests
+ifneq ($(FAST_TESTS),no)
+	@$(MAKE) --no-print-directory fast-tests
+endif
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python docs/generate.py --check
+
+format: $(READY)  ## let ruff format the sources and mend what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+fast-tests: $(READY)
+	$(PYTEST) -m "not slow"
+
+test: $(READY)  ## the whole test suite; the slow tests use the real model
+	@$(MAKE) --no-print-directory models || echo "the tests that need the real model will be skipped"
+	$(PYTEST)
+
+demo: $(MODEL)  ## rewrite SmolLM2 for 4,000-token prompts, compare, generate text
+	$(BIN)/python examples/demo.py
+
+demo-short: $(MODEL)  ## the demo at 1,024 tokens with a quick evaluation
+	$(BIN)/python examples/demo.py --short
+
+bench: $(MODEL)  ## the benchmark table (quiet machine, about an hour)
+	$(BIN)/python -m benchmarks
+
+docs: $(READY)  ## write the generated pages of docs/ again
+	$(BIN)/python docs/generate.py
+
+clean:  ## remove what was built; keeps .venv and models/
+	rm -rf out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
