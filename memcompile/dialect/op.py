@@ -68,8 +68,10 @@ def differentiate_through_definition(
     The first `tensor_count` arguments of the schema are the (optional) tensors; the rest are attributes.
     """
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
-        ctx.attributes = (inputs[tensor_count:], keyword_only_inputs)
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: dict[str, Any] | None = None
+    ) -> None:
+        ctx.attributes = (inputs[tensor_count:], keyword_only_inputs or {})
         ctx.missing = [value is None for value in inputs[:tensor_count]]
         ctx.save_for_backward(*[value for value in inputs[:tensor_count] if value is not None])
 
