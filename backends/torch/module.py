@@ -1,0 +1,45 @@
+"""The rewritten model as a drop-in `nn.Module`: the original's call, the original's output type, gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from memcompile.errors import MemcompileError
+from memcompile.frontend.captured import Captured
+
+
+class RewrittenModule(torch.nn.Module):
+    """Called like the model it was captured from; parameters are the model's own tensors."""
+
+    def __init__(self, captured: Captured) -> None:
+        super().__init__()
+        self.graph_module = captured.graph
+        self._names = tuple(spec.name for spec in captured.inputs)
+        self._rebuild = captured.rebuild
+
+    def forward(self, *args: torch.Tensor, **kwargs: Any) -> Any:
+        """Run the graph. `position_ids` may be left out where the model would count them itself.
+
+        Raises MC205 for inputs that were not among the example inputs of the capture.
+        """
+        given = dict(zip(self._names, args, strict=False)) | {k: v for k, v in kwargs.items() if v is not None}
+        given.pop("use_cache", None)
+        given.pop("return_dict", None)
+        if "position_ids" in self._names and "position_ids" not in given and "input_ids" in given:
+            given["position_ids"] = _count_positions(given["input_ids"], given.get("attention_mask"))
+        unknown, missing = set(given) - set(self._names), set(self._names) - set(given)
+        if unknown or missing:
+            raise MemcompileError(
+                "MC205",
+                f"the model was captured with inputs {list(self._names)}; "
+                + (f"unknown: {sorted(unknown)}" if unknown else f"missing: {sorted(missing)}"),
+                fix="call it with the inputs it was captured with, or capture it with these example inputs",
+            )
+        return self._rebuild(self.graph_module(*[given[name] for name in self._names]))
+
+
+def _count_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    # transformers' models count from the first slot, padded or not
+    return torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0).expand(input_ids.shape[0], -1)
