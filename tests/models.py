@@ -202,3 +202,8 @@ _BUILDERS: Final[dict[str, Callable[[_Frozen], nn.Module]]] = {
     "vit": _vit,
     "transformer_encoder": _transformer_encoder,
 }
+
+
+def encoder_factory() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A model source for `tests.models:encoder_factory`: the module and inputs to trace it with."""
+    return tiny_model("transformer_encoder"), example_inputs("transformer_encoder")

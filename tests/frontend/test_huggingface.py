@@ -1,0 +1,124 @@
+"""Every family captures with all of its attention regions, and computes what the model computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from memcompile.errors import MemcompileError
+from memcompile.frontend import capture
+from memcompile.frontend.captured import Captured
+from memcompile.regions import attention_regions
+from tests.models import CAUSAL_FAMILIES, FAMILIES, WINDOW_TOKENS, example_inputs, save_tiny, tiny_model
+
+HUGGING_FACE = [f for f in FAMILIES if f != "transformer_encoder"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_attention_layer_is_a_region(family: str) -> None:
+    model = tiny_model(family)
+    captured = capture(model, example_inputs(family) if family not in HUGGING_FACE else None)
+    regions = attention_regions(captured.graph)
+    layers = model.config.num_hidden_layers if family in HUGGING_FACE else 2
+    assert [r.layer for r in regions] == list(range(layers))
+    assert not captured.refusals
+    assert all(r.path for r in regions)
+
+
+@pytest.mark.parametrize(("family", "kinds"), [
+    ("llama", ["causal"] * 2), ("mistral", ["sliding_window"] * 2),
+    ("gemma3", ["sliding_window", "causal"] * 2), ("bert", ["padding"] * 2), ("vit", ["none"] * 2),
+])  # fmt: skip
+def test_masks_are_named(family: str, kinds: list[str]) -> None:
+    regions = attention_regions(capture(tiny_model(family)).graph)
+    assert [r.mask.kind for r in regions] == kinds
+    assert {r.window_tokens for r in regions} <= {None, WINDOW_TOKENS}
+
+
+def test_no_mask_is_built_in_the_graph() -> None:
+    captured: Captured = capture(tiny_model("llama"))
+    targets = {str(n.target) for n in captured.graph.graph.nodes}
+    assert not {t for t in targets if "cumsum" in t or "tril" in t or "masked_fill" in t}
+
+
+def test_norms_and_rotary_embeddings_are_dialect_operators() -> None:
+    targets = [str(n.target) for n in capture(tiny_model("llama")).graph.graph.nodes]
+    assert targets.count("memcompile.rms_norm.default") == 5
+    assert targets.count("memcompile.rotary.default") == 4
+
+
+def test_parameters_are_the_models_own_tensors() -> None:
+    model = tiny_model("llama")
+    graph = capture(model).graph
+    assert {p.data_ptr() for p in graph.parameters()} == {p.data_ptr() for p in model.parameters()}
+
+
+def test_capture_leaves_the_model_as_it_was() -> None:
+    model = tiny_model("mixtral").train()
+    before = (model.config._attn_implementation, model.config._experts_implementation, model.config.use_cache)
+    capture(model)
+    after = (model.config._attn_implementation, model.config._experts_implementation, model.config.use_cache)
+    assert (before, True) == (after, model.training)
+    model.eval()
+
+
+def test_padding_mask_of_the_caller_is_kept() -> None:
+    model = tiny_model("llama")
+    ids = torch.randint(3, 100, (2, 9))
+    padding = torch.ones_like(ids)
+    padding[1, :4] = 0
+    captured = capture(model, {"input_ids": ids, "attention_mask": padding})
+    names = [i.name for i in captured.inputs]
+    positions = torch.arange(9).repeat(2, 1)
+    given = {"input_ids": ids, "attention_mask": padding, "position_ids": positions}
+    with torch.no_grad():
+        got = captured.graph(*[given[n] for n in names])[captured.logits_index or 0]
+        want = model(**given).logits
+    torch.testing.assert_close(got[padding.bool()], want[padding.bool()], atol=1e-5, rtol=0)
+
+
+def test_a_folder_is_a_source(tmp_path: Path) -> None:
+    folder = save_tiny("qwen3", tmp_path / "model")
+    captured = capture(str(folder))
+    assert captured.model.family == "qwen3"
+    assert captured.model.causal
+
+
+def test_refuses_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(MemcompileError, match="MC201") as caught:
+        capture(str(tmp_path / "nothing.gguf"))
+    assert caught.value.exit_code == 3
+    assert caught.value.fix
+
+
+def test_refuses_what_is_not_a_model(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"not a model")
+    with pytest.raises(MemcompileError, match="MC202.*not a GGUF file"):
+        capture(str(file))
+    with pytest.raises(MemcompileError, match="MC202.*no config.json"):
+        capture(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(MemcompileError, match="MC202.*not JSON"):
+        capture(str(tmp_path))
+
+
+def test_refuses_an_architecture_it_does_not_know(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["NoSuchForCausalLM"], "model_type": "no_such"}')
+    with pytest.raises(MemcompileError, match="MC203.*NoSuchForCausalLM") as caught:
+        capture(str(tmp_path))
+    assert caught.value.exit_code == 3
+
+
+def test_refuses_a_module_without_example_inputs() -> None:
+    with pytest.raises(MemcompileError, match="MC205"):
+        capture(torch.nn.Linear(2, 2))
+
+
+def test_a_factory_is_a_source() -> None:
+    captured = capture("tests.models:encoder_factory")
+    assert len(attention_regions(captured.graph)) == 2
+    with pytest.raises(MemcompileError, match="MC201"):
+        capture("tests.models:no_such_factory")
