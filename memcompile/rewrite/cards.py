@@ -50,8 +50,9 @@ def pass_page(name: str) -> str:
     """The Markdown page of the pass called `name`: docs/passes/<name>.md."""
     one, read = load_pass(name), card(name)
     lines = [f"# {name}", "", read.summary, "", f"Exactness: {one.exactness.value}.", ""]
-    for heading, text in read.sections.items():
-        lines += [f"**{heading}.** {text}", ""]
+    for heading in HEADINGS:
+        text = read.sections[heading]
+        lines += [f"**{heading}.** {text[0].upper()}{text[1:]}", ""]
     lines += ["## Settings", "", "| key | type | default | meaning |", "|---|---|---|---|"]
     lines += [_setting_row(key, field) for key, field in _properties(one.Config).items()]
     lines += ["", "Besides these, every pass takes `preset`, `layers` and `expect`"]

@@ -29,9 +29,13 @@ class Exactness(Enum):
 
 
 class PassConfig(BaseModel):
-    """The axes of a pass: frozen, and closed to keys it does not know."""
+    """The axes of a pass: frozen, and closed to keys it does not know.
+
+    `exclusive` holds groups of keys of which one may be given: a plan's own one drops those of its preset.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    exclusive: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
 
 @dataclass(frozen=True, slots=True)

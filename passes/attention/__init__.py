@@ -1,0 +1,1 @@
+"""Rewrites of attention: who may see whom."""
