@@ -270,6 +270,8 @@ class _Run:
         if graph_lines(self.graph_module) != before:
             raise self._broke("check changed the graph")
         calibration = self._calibrate(accepted, data, progress)
+        # before rewriting: a pass may erase the node a region is read from
+        cost = self._cost(accepted)
         written = len(self.journal.entries)
         decisions: list[Decision] = []
         for region, facts in accepted:
@@ -285,7 +287,7 @@ class _Run:
             refusals=tuple(refusals),
             decisions=tuple(decisions),
             calibration=calibration,
-            cost=self._cost(accepted),
+            cost=cost,
         )
 
     def _check(
