@@ -2,7 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from memcompile.backends.torch.module import RewrittenModule
 from memcompile.backends.torch.session import TorchSession
+from memcompile.errors import MemcompileError
+from memcompile.frontend.captured import Captured
+from memcompile.lowering import Lowered, Progress
+from memcompile.program import Program
 
-__all__ = ["RewrittenModule", "TorchSession"]
+__all__ = ["RewrittenModule", "TorchBackend", "TorchSession"]
+
+
+class TorchBackend:
+    """Runs rewritten models in the process that made them; it writes no artifacts."""
+
+    name = "torch"
+
+    def module(self, captured: Captured) -> RewrittenModule:
+        """The rewritten model, called like the original."""
+        return RewrittenModule(captured)
+
+    def session(self, program: Program) -> TorchSession:
+        """A causal program with the methods of `memcompile.runtime.Session`."""
+        return TorchSession(program)
+
+    def lower(self, program: Program, destination: Path, *, device: str, progress: Progress) -> Lowered:
+        """Raise MC112: what torch runs is a live module."""
+        raise MemcompileError(
+            "MC112",
+            "the torch backend gives a live module, not an artifact",
+            fix="use memcompile.optimize(model, plan) in Python, or set target.backend to onnxruntime",
+        )
