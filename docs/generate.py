@@ -63,7 +63,15 @@ def errors_pages() -> Pages:
     return {"errors.md": "".join(lines)}
 
 
-GENERATORS: Final[tuple[Callable[[], Pages], ...]] = (errors_pages,)
+def passes_pages() -> Pages:
+    """One page for each pass that memcompile ships."""
+    from memcompile.rewrite.cards import pass_page
+    from memcompile.rewrite.registry import BUILT_IN
+
+    return {f"passes/{name}.md": pass_page(name) for name in BUILT_IN}
+
+
+GENERATORS: Final[tuple[Callable[[], Pages], ...]] = (errors_pages, passes_pages)
 
 
 def pages() -> Pages:

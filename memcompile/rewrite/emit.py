@@ -69,8 +69,14 @@ class Emit:
         return self.call(operator.getitem, node, index, before=before, like=node)
 
     def update(self, node: fx.Node, **kwargs: Any) -> None:
-        """Set keyword arguments of `node`."""
-        node.kwargs = {**node.kwargs, **kwargs}
+        """Set arguments of `node` by name, wherever they were passed."""
+        args, names = list(node.args), _positional_names(node)
+        for index in range(len(args)):
+            if names[index] in kwargs:
+                args[index] = kwargs[names[index]]
+        node.args = tuple(args)
+        by_name = {name: value for name, value in kwargs.items() if name not in names[: len(args)]}
+        node.kwargs = {**node.kwargs, **by_name}
         if "val" in node.meta:
             node.meta["val"] = _fake_value(node)
         detail = ", ".join(f"{name}={value}" for name, value in kwargs.items())
@@ -112,6 +118,12 @@ class Emit:
     def decide(self, text: str) -> None:
         """Record a choice that the plan did not spell out."""
         self.decisions.append(Decision(self.pass_name, self.region, text))
+
+
+def _positional_names(node: fx.Node) -> list[str]:
+    """The names of an operator's arguments, in the order of its schema."""
+    schema = getattr(node.target, "_schema", None)
+    return [declared.name for declared in schema.arguments] if schema is not None else [""] * len(node.args)
 
 
 def _fake_value(node: fx.Node) -> Any:
