@@ -46,6 +46,30 @@ MC102 kv.evict.keep_token: unknown key
 
 """
 
+PLAN_INTRODUCTION: Final = """# The plan
+
+A plan is a YAML file, or a mapping with the same keys in Python. It says what is compiled, for which target and
+workload, by which passes, and what must hold afterwards. A key that is not listed here is an error.
+
+```yaml
+version: 1
+target: {backend: onnxruntime, device: cpu, threads: 2}
+workload: {prompt_tokens: 4000, new_tokens: 128}
+data:
+  calibration: {text: persuasion.txt.xz}
+  evaluation: {text: emma.txt.xz}
+passes:
+  - attention.static: {preset: longgen, layers: "2-"}
+  - kv.quantize: {bits: 8}
+gates:
+  perplexity: {max_increase: 2%}
+```
+
+`imports: [shared.yaml]` takes in other plan files, whose passes come first; what stands in the importing file wins.
+On the command line, `--set KEY=VALUE` changes one key: `--set passes.kv.quantize.bits=4`.
+
+"""
+
 
 def errors_pages() -> Pages:
     """The list of error codes and exit codes."""
@@ -63,6 +87,13 @@ def errors_pages() -> Pages:
     return {"errors.md": "".join(lines)}
 
 
+def plan_pages() -> Pages:
+    """Every key of a plan."""
+    from memcompile.plan.reference import plan_reference_markdown
+
+    return {"plan.md": PLAN_INTRODUCTION + plan_reference_markdown()}
+
+
 def passes_pages() -> Pages:
     """One page for each pass that memcompile ships."""
     from memcompile.rewrite.cards import pass_page
@@ -71,7 +102,7 @@ def passes_pages() -> Pages:
     return {f"passes/{name}.md": pass_page(name) for name in BUILT_IN}
 
 
-GENERATORS: Final[tuple[Callable[[], Pages], ...]] = (errors_pages, passes_pages)
+GENERATORS: Final[tuple[Callable[[], Pages], ...]] = (errors_pages, plan_pages, passes_pages)
 
 
 def pages() -> Pages:
