@@ -1,0 +1,197 @@
+"""Lower a program to ONNX Runtime: one file a function, one file of weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import fx
+
+from memcompile.artifact.manifest import MASK_INPUT, FunctionEntry, GroupEntry, PrefillEntry, TensorEntry
+from memcompile.backends.onnxruntime import attention, dense, experts, layout, rotary  # noqa: F401  (register)
+from memcompile.backends.onnxruntime.emitter import Emitter
+from memcompile.backends.onnxruntime.export import WEIGHTS, dtype_name, example, to_model, write
+from memcompile.backends.onnxruntime.genai import GENAI_CONFIG, genai_config, is_plain
+from memcompile.backends.onnxruntime.interface import BATCH, StepInterface, cache_tensors, step_interface
+from memcompile.errors import MemcompileError
+from memcompile.lowering import Lowered, Progress, inline_higher_order
+from memcompile.program import Program
+
+MODEL, COMPRESS = "model.onnx", "compress.onnx"
+# bounds activations and score matrices; larger chunks were not faster (docs/backends/onnxruntime.md)
+CHUNK_TOKENS: Final = 512
+DEVICES: Final = ("cpu", "cuda")
+
+
+class OnnxRuntimeBackend:
+    """ONNX Runtime on CPU or CUDA."""
+
+    name = "onnxruntime"
+
+    def lower(self, program: Program, destination: Path, *, device: str, progress: Progress) -> Lowered:
+        """Write model.onnx, weights.bin and, where they apply, compress.onnx and genai_config.json.
+
+        Raises MC112 for an unknown device, MC901 for an operator that ONNX does not have.
+        """
+        if device not in DEVICES:
+            raise MemcompileError(
+                "MC112", f"unknown device {device!r} for onnxruntime; known: {', '.join(DEVICES)}"
+            )
+        chunk = PrefillEntry(CHUNK_TOKENS)
+        if program.step is None:
+            progress("forward")
+            function = _lower_forward(program, destination, device)
+            return Lowered({"forward": function}, (), (), chunk, _files(destination))
+        interface = step_interface(program, device)
+        progress("step")
+        functions = {"step": _lower_step(program, interface, destination, device)}
+        if program.compress is not None:
+            progress("compress")
+            functions["compress"] = _lower_compress(program, interface, destination)
+        if is_plain(interface.states, interface.groups):
+            config = genai_config(
+                program.model, interface.states, MODEL, device=device, hidden_size=_hidden_size(interface)
+            )
+            (destination / GENAI_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        return Lowered(functions, interface.states, interface.groups, chunk, _files(destination))
+
+
+def _files(destination: Path) -> tuple[str, ...]:
+    names = (MODEL, WEIGHTS, COMPRESS, GENAI_CONFIG)
+    return tuple(name for name in names if (destination / name).exists())
+
+
+def _hidden_size(interface: StepInterface) -> int:
+    return interface.states[0].heads * interface.states[0].head_dim
+
+
+class _Step(torch.nn.Module):
+    """The step graph behind the lowered interface; traced, not run."""
+
+    def __init__(self, graph_module: fx.GraphModule, groups: Sequence[GroupEntry], *, wide: bool) -> None:
+        super().__init__()
+        self.graph_module = graph_module
+        self._groups = tuple(groups)
+        self._wide = wide
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        emitter = Emitter(self.graph_module, wide=self._wide)
+        values = list(inputs)
+        for offset, group in enumerate(self._groups, start=3):
+            if group.input == MASK_INPUT:
+                mask = inputs[offset]
+                emitter.tables[f"positions_{group.name}"] = mask
+                values[offset] = torch.where(mask > 0, mask.cumsum(1) - 1, -1)
+        emitter.tables["position_ids"] = inputs[1]
+        logits, *states = emitter.run(*values)
+        return (logits.float(), *states)
+
+
+def _lower_step(
+    program: Program, interface: StepInterface, destination: Path, device: str
+) -> FunctionEntry:
+    assert program.step is not None
+    graph = inline_higher_order(program.step)
+    # distinct sizes, none of them 0 or 1, so that the tracer takes no two dims for the same
+    sizes = {"batch": 2, "tokens": 5, "rows": 3}
+    for index, group in enumerate(interface.groups):
+        sizes |= {f"slots.{group.name}": 11 + 2 * index, f"capacity.{group.name}": 40 + 2 * index}
+        sizes[f"observed.{group.name}"] = 7
+    module = _Step(graph, interface.groups, wide=device == "cpu")
+    model = to_model(
+        module,
+        interface.inputs,
+        interface.outputs,
+        [example(entry, sizes) for entry in interface.inputs],
+        # onnxruntime-genai does not feed this input: it wants the last position
+        defaults={"logit_positions": np.array([[-1]], np.int64)},
+    )
+    return write(model, destination / MODEL, interface.inputs, interface.outputs)
+
+
+class _Forward(torch.nn.Module):
+    """A whole-sequence graph; outputs that are not tensors are dropped."""
+
+    def __init__(self, graph_module: fx.GraphModule, *, wide: bool) -> None:
+        super().__init__()
+        self.graph_module = graph_module
+        self._wide = wide
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = Emitter(self.graph_module, wide=self._wide).run(*inputs)
+        tensors = tuple(value for value in outputs if isinstance(value, torch.Tensor))
+        return tuple(value.float() if value.is_floating_point() else value for value in tensors)
+
+
+def _lower_forward(program: Program, destination: Path, device: str) -> FunctionEntry:
+    placeholders = [n for n in program.forward.graph.nodes if n.op == "placeholder"]
+    inputs, examples = [], []
+    for spec, node in zip(program.inputs, placeholders, strict=True):
+        value = node.meta["val"]
+        dtype = "float32" if value.is_floating_point() else spec.dtype
+        entry = TensorEntry(spec.name, dtype, tuple(_dim(dim) for dim in spec.dims))
+        inputs.append(entry)
+        sizes = {
+            str(dim): _hint(size) for dim, size in zip(entry.dims, value.shape, strict=True)
+        }
+        examples.append(example(entry, sizes))
+    outputs = [
+        TensorEntry(
+            spec.name, "float32" if "float" in spec.dtype else spec.dtype, tuple(_dim(d) for d in spec.dims)
+        )
+        for spec in program.outputs
+    ]
+    module = _Forward(inline_higher_order(program.forward), wide=device == "cpu")
+    model = to_model(module, inputs, outputs, examples)
+    return write(model, destination / MODEL, inputs, outputs)
+
+
+def _dim(dim: int | str) -> int | str:
+    return dim if isinstance(dim, int) or dim.isidentifier() else "_" + "".join(
+        c if c.isalnum() else "_" for c in dim
+    )
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _lower_compress(program: Program, interface: StepInterface, destination: Path) -> FunctionEntry:
+    """`compress`: inputs and outputs in the order of `memcompile.program.compress.Compress`."""
+    assert program.compress is not None
+    inputs: list[TensorEntry] = []
+    outputs: list[TensorEntry] = []
+    for group in interface.groups:
+        if group.evict is None:
+            continue
+        states = tuple(s for s in interface.states if s.group == group.name)
+        slots, kept = f"slots.{group.name}", f"kept.{group.name}"
+        inputs.append(TensorEntry(group.input, "int64", (BATCH, slots)))
+        outputs.append(TensorEntry(f"present_{group.input}", "int64", (BATCH, kept)))
+        observed = {t.name: t for t in interface.inputs}
+        for state in states:
+            for entry in cache_tensors((state,)):
+                inputs.append(TensorEntry(entry.name, entry.dtype, (*entry.dims[:2], slots, entry.dims[3])))
+            for entry in cache_tensors((state,), out=True):
+                outputs.append(TensorEntry(entry.name, entry.dtype, (*entry.dims[:2], kept, entry.dims[3])))
+            if state.observed_in:
+                inputs.append(observed[state.observed_in])
+    sizes = {"batch": 2}
+    for index, group in enumerate(interface.groups):
+        sizes |= {f"slots.{group.name}": 24 + 2 * index, f"observed.{group.name}": 7}
+    model = to_model(_Compress(program.compress), inputs, outputs, [example(e, sizes) for e in inputs])
+    return write(model, destination / COMPRESS, inputs, outputs, weights="compress.bin")
+
+
+class _Compress(torch.nn.Module):
+    def __init__(self, compress: torch.nn.Module) -> None:
+        super().__init__()
+        self.compress = compress
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        results: tuple[torch.Tensor, ...] = self.compress(*inputs)
+        return results

@@ -1,0 +1,135 @@
+"""From an emitter to an ONNX file with external weights."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from memcompile.artifact.manifest import FunctionEntry, TensorEntry
+from memcompile.backends.onnxruntime.emitter import OPSET
+from memcompile.backends.onnxruntime.fuse import clean_up, name_dims
+from memcompile.errors import MemcompileError
+
+WEIGHTS: Final = "weights.bin"
+# tensors smaller than this stay in the graph's own file
+EXTERNAL_FROM_BYTES: Final = 4096
+DTYPES: Final[dict[str, torch.dtype]] = {
+    "float32": torch.float32, "float16": torch.float16, "int64": torch.int64, "int32": torch.int32,
+    "int8": torch.int8, "uint8": torch.uint8, "bool": torch.bool,
+}  # fmt: skip
+
+
+def to_model(
+    module: torch.nn.Module,
+    inputs: Sequence[TensorEntry],
+    outputs: Sequence[TensorEntry],
+    examples: Sequence[torch.Tensor],
+    defaults: Mapping[str, np.ndarray] | None = None,
+) -> ir.Model:
+    """Trace `module` over the examples and translate it; weights are not copied.
+
+    A named dim of an input is dynamic. `defaults` are values that inputs take when they are not fed.
+    Raises MC901 when the exporter cannot translate an operator.
+    """
+    dynamic = tuple(
+        {axis: torch.export.Dim.DYNAMIC for axis, dim in enumerate(entry.dims) if isinstance(dim, str)}
+        for entry in inputs
+    )
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.export.export(module, tuple(examples), dynamic_shapes=(dynamic,), strict=False)
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[entry.name for entry in inputs],
+                output_names=[entry.name for entry in outputs],
+                verbose=False,
+            )
+    except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise MemcompileError(
+            "MC901",
+            f"the graph could not be translated to ONNX: {lines[0]}",
+            where="backends/onnxruntime/export.py",
+            fix="report the model; the torch backend runs it",
+        ) from error
+    assert exported is not None
+    model = exported.model
+    clean_up(model)
+    _set_interface(model.graph, inputs, outputs, defaults or {})
+    return model
+
+
+def _set_interface(
+    graph: ir.Graph,
+    inputs: Sequence[TensorEntry],
+    outputs: Sequence[TensorEntry],
+    defaults: Mapping[str, np.ndarray],
+) -> None:
+    assert len(graph.inputs) == len(inputs) and len(graph.outputs) == len(outputs), (graph.inputs, inputs)
+    for value, entry in zip(graph.inputs, inputs, strict=True):
+        value.name = entry.name
+    for value, entry in zip(graph.outputs, outputs, strict=True):
+        value.name = entry.name
+    name_dims(graph.inputs, [entry.dims for entry in inputs])
+    name_dims(graph.outputs, [entry.dims for entry in outputs])
+    for value in graph.inputs:
+        if value.name in defaults:
+            value.const_value = ir.tensor(defaults[value.name], name=value.name)
+            graph.register_initializer(value)
+
+
+def write(
+    model: ir.Model,
+    path: Path,
+    inputs: Sequence[TensorEntry],
+    outputs: Sequence[TensorEntry],
+    weights: str = WEIGHTS,
+) -> FunctionEntry:
+    """Write the graph to `path` and its large tensors, one at a time, to `weights` beside it."""
+    large = any(
+        v.const_value is not None and v.const_value.nbytes >= EXTERNAL_FROM_BYTES
+        for v in model.graph.initializers.values()
+    )
+    ir.save(
+        model,
+        path,
+        external_data=weights if large else None,
+        size_threshold_bytes=EXTERNAL_FROM_BYTES,
+        max_workers=1,
+    )
+    return FunctionEntry(path.name, tuple(inputs), tuple(outputs))
+
+
+def example(entry: TensorEntry, sizes: Mapping[str, int]) -> torch.Tensor:
+    """A tensor to trace with; named dims take their size from `sizes`."""
+    shape = [dim if isinstance(dim, int) else sizes[dim] for dim in entry.dims]
+    return torch.zeros(shape, dtype=DTYPES[entry.dtype])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # the exporter logs optional packages it does not find, and torch warns of its own deprecations
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def dtype_name(dtype: Any) -> str:
+    """A torch type's name as manifests write it."""
+    return str(dtype).removeprefix("torch.")
