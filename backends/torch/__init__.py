@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from memcompile.backends.torch.module import RewrittenModule
 from memcompile.backends.torch.session import TorchSession
 from memcompile.errors import MemcompileError
-from memcompile.frontend.captured import Captured
 from memcompile.lowering import Lowered, Progress
 from memcompile.program import Program
+
+if TYPE_CHECKING:
+    from memcompile.frontend.captured import Captured
 
 __all__ = ["RewrittenModule", "TorchBackend", "TorchSession"]
 

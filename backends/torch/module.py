@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from memcompile.errors import MemcompileError
-from memcompile.frontend.captured import Captured
+
+if TYPE_CHECKING:
+    from memcompile.frontend.captured import Captured
 
 
 class RewrittenModule(torch.nn.Module):
