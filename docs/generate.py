@@ -48,8 +48,8 @@ MC102 kv.evict.keep_token: unknown key
 
 PLAN_INTRODUCTION: Final = """# The plan
 
-A plan is a YAML file, or a mapping with the same keys in Python. It says what is compiled, for which target and
-workload, by which passes, and what must hold afterwards. A key that is not listed here is an error.
+A plan is a YAML file, or a mapping with the same keys in Python. It says what is compiled, for which target
+and workload, by which passes, and what must hold afterwards. A key that is not listed here is an error.
 
 ```yaml
 version: 1
@@ -59,14 +59,14 @@ data:
   calibration: {text: persuasion.txt.xz}
   evaluation: {text: emma.txt.xz}
 passes:
-  - attention.static: {preset: longgen, layers: "2-"}
+  - attention.static: {preset: longgen, layers: "!0-1"}
   - kv.quantize: {bits: 8}
 gates:
   perplexity: {max_increase: 2%}
 ```
 
-`imports: [shared.yaml]` takes in other plan files, whose passes come first; what stands in the importing file wins.
-On the command line, `--set KEY=VALUE` changes one key: `--set passes.kv.quantize.bits=4`.
+`imports: [shared.yaml]` takes in other plan files, whose passes come first; what stands in the importing
+file wins. On the command line, `--set KEY=VALUE` changes one key: `--set passes.kv.quantize.bits=4`.
 
 """
 
