@@ -55,15 +55,7 @@ def read(path: str | os.PathLike[str]) -> Document:
         MemcompileError: MC101, MC103, MC110 or MC114, with the line.
     """
     document = Document({}, name=os.fspath(path))
-    try:
-        _merge_file(document, Path(path), os.fspath(path), base=Path(path).parent, chain=(), seen=set())
-    except RecursionError as error:
-        raise MemcompileError(
-            "MC101",
-            "an anchor contains itself",
-            where=document.name,
-            fix="remove the alias inside its own anchor",
-        ) from error
+    _merge_file(document, Path(path), os.fspath(path), base=Path(path).parent, chain=(), seen=set())
     return document
 
 

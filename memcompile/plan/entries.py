@@ -158,15 +158,29 @@ def _resolve(raw: Any, path: Path_, document: Document, library: Library) -> Pas
         _selector(getattr(common, key), parse, (*path, key), document)
         for key, parse in (("layers", parse_layers), ("heads", parse_heads))
     )
-    config = validate(kind.Config, own, path, document, contradiction="MC109")
+    for group in one_of(kind.Config):
+        if all(own.get(key) is None for key in group):
+            raise MemcompileError(
+                "MC107",
+                f"{name}: one of {' and '.join(group)} is needed",
+                where=where,
+                fix=f"add {group[0]}, or a preset that brings one",
+            )
+    config = validate(kind.Config, own, path, document)
     written = common.model_dump(mode="json", exclude_none=True)
     return PassEntry(name, config, layers, heads, common.expect, where, written)
 
 
+def one_of(config: type[BaseModel]) -> tuple[tuple[str, ...], ...]:
+    """Groups of options of which exactly one is given: the class variable `one_of` of a Config."""
+    groups: tuple[tuple[str, ...], ...] = getattr(config, "one_of", ())
+    return groups
+
+
 def _with_preset(options: dict[str, Any], kind: PassKind, path: Path_, document: Document) -> dict[str, Any]:
     name = path[-1]
-    exclusive: Collection[Collection[str]] = getattr(kind.Config, "exclusive", ())
-    for group in exclusive:
+    groups = one_of(kind.Config)
+    for group in groups:
         both = [key for key in group if options.get(key) is not None]
         if len(both) > 1:
             raise MemcompileError(
@@ -186,7 +200,7 @@ def _with_preset(options: dict[str, Any], kind: PassKind, path: Path_, document:
             fix=nearest(str(preset), kind.presets) if kind.presets else f"{name} has no presets",
         )
     values = dict(kind.presets[preset].values)
-    for group in exclusive:
+    for group in groups:
         if any(options.get(key) is not None for key in group):
             # the user's keep_tokens replaces the preset's keep_fraction, it does not contradict it
             values = {key: value for key, value in values.items() if key not in group}

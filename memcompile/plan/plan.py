@@ -42,10 +42,17 @@ class Plan:
             "model": _dump(self.model),
             "target": _dump(self.target),
             "workload": _dump(self.workload),
-            "data": _dump(self.data),
+            "data": self._data(),
             "passes": [entry.resolved() for entry in self.passes],
             "gates": _dump(self.gates),
         }
+
+    def _data(self) -> dict[str, Any]:
+        """The texts with whole paths: an artifact can be evaluated again from any folder."""
+        data = _dump(self.data)
+        for text in data.values():
+            text["text"] = os.path.abspath(self.base / text["text"])
+        return data
 
     def where(self, *path: str | int) -> str:
         """The place of a key, for messages: `plan.where("gates", "perplexity")` is `plan.yaml:14`."""

@@ -22,7 +22,7 @@ def decode_cost(
     of the region's key/value heads are meant. bits: of a cache element; None: the region's own.
     """
     total = workload.prompt_tokens + workload.new_tokens
-    held = region_held_tokens(region, total) if held_tokens is None else min(held_tokens, total)
+    held = region_held_tokens(region, workload) if held_tokens is None else min(held_tokens, total)
     groups = region.kv_heads if kv_heads is None else kv_heads
     return attention_cost(
         B=workload.batch,
@@ -36,12 +36,13 @@ def decode_cost(
     )
 
 
-def region_held_tokens(region: AttentionRegion, total: int) -> int:
-    """Cached tokens that the region's later queries can still see, after `total` tokens."""
+def region_held_tokens(region: AttentionRegion, workload: Workload) -> int:
+    """Cached tokens that the region's later queries can still see, at the end of the workload."""
+    total = workload.prompt_tokens + workload.new_tokens
     if region.window_tokens is not None:
         return windowed_tokens(total, region.window_tokens, region.sinks, region.block, region.stride)
     if region.evict is not None:
-        return region.evict.kept(total)
+        return region.evict.kept(workload.prompt_tokens) + workload.new_tokens
     return total
 
 

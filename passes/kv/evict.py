@@ -22,6 +22,8 @@ MOST_TOKENS: Final = 2**30
 class EvictConfig(PassConfig):
     """Score, budget and protection of cached tokens."""
 
+    one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("keep_tokens", "keep_fraction"),)
+
     exclusive: ClassVar[tuple[tuple[str, ...], ...]] = (("keep_tokens", "keep_fraction"),)
 
     score: Literal["observed_attention", "recency", "key_norm"] = Field(

@@ -14,7 +14,7 @@ class _Config(BaseModel):
 
 
 class EvictConfig(_Config):
-    exclusive: ClassVar[tuple[tuple[str, ...], ...]] = (("keep_tokens", "keep_fraction"),)
+    one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("keep_tokens", "keep_fraction"),)
     scorer: Literal["snapkv", "knorm"] = Field("snapkv", description="what a token is worth")
     keep_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="tokens kept by each head")
     keep_fraction: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -153,7 +153,13 @@ CASES = {
         1,
         "float32",
     ),
-    "option_not_a_choice": (EVICT % "scorer: snap", "MC104", "snap is not one of snapkv, knorm", 3, "snapkv"),
+    "option_not_a_choice": (
+        EVICT % "scorer: snap, keep_tokens: 1",
+        "MC104",
+        "snap is not one of snapkv, knorm",
+        3,
+        "snapkv",
+    ),
     "bad_layers": (EVICT % 'keep_tokens: 1, layers: "9-2"', "MC104", "kv.evict.layers", 3, '"2-9"'),
     "layers_of_no_kind": (EVICT % "layers: true", "MC103", "kv.evict.layers", 3, '"2-29"'),
     "bad_heads": (EVICT % "heads: {kv: x}", "MC104", "kv.evict.heads: 'x'", 3, "0-2"),
@@ -232,9 +238,16 @@ CASES = {
         4,
         "keep one of keep_tokens, keep_fraction",
     ),
+    "neither_of_two_spellings": (
+        EVICT % "scorer: knorm",
+        "MC107",
+        "kv.evict: one of keep_tokens and keep_fraction is needed",
+        3,
+        "add keep_tokens, or a preset",
+    ),
     "options_against_each_other": (
         "passes:\n  - kv.quantize: {low: 3, high: 2}\n",
-        "MC109",
+        "MC104",
         "kv.quantize: low (3) is above high (2)",
         2,
         "",
@@ -247,14 +260,14 @@ CASES = {
         "join the two lines",
     ),
     "same_layers_twice": (
-        'passes:\n  - kv.evict: {layers: "0-5"}\n  - kv.evict: {layers: [5, 7]}\n',
+        'passes:\n  - kv.evict: {keep_tokens: 1, layers: "0-5"}\n  - kv.evict: {keep_tokens: 1, layers: [5, 7]}\n',
         "MC109",
         "kv.evict is applied twice to layer 5, also at plan.yaml:2",
         3,
         "layers that do not overlap",
     ),
     "same_heads_twice": (
-        'passes:\n  - kv.evict: {heads: "0-2"}\n  - kv.evict: {heads: [2]}\n',
+        'passes:\n  - kv.evict: {keep_tokens: 1, heads: "0-2"}\n  - kv.evict: {keep_tokens: 1, heads: [2]}\n',
         "MC109",
         "kv.evict is applied twice",
         3,
@@ -362,12 +375,6 @@ def test_a_missing_plan_names_the_plans_beside_it(tmp_path: Path) -> None:
     assert caught.value.code == "MC110"
     assert caught.value.where == str(tmp_path / "plan.yaml")
     assert "snapkv.yaml" in str(caught.value.fix)
-
-
-def test_an_anchor_inside_itself_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "plan.yaml").write_text("passes: &all [*all]\n", encoding="utf-8")
-    with pytest.raises(MemcompileError, match="MC101 an anchor contains itself"):
-        load_plan(tmp_path / "plan.yaml")
 
 
 def test_a_folder_is_not_a_plan(tmp_path: Path) -> None:
