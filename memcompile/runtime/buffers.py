@@ -1,0 +1,145 @@
+"""Memory that a session binds as input and output of the same call, so that a cache is never copied."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+class Buffer(Protocol):
+    """A tensor [batch, heads, slots, width] that stays where it is between calls."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def bind(self, binding: Any, name_in: str | None, name_out: str | None, row: int | None) -> None:
+        """Bind all rows, or one row as a batch of one, as input and as output."""
+
+    def row(self, row: int) -> Array:
+        """One row [heads, slots, width] on the host; on the CPU a view."""
+
+    def move(self, row: int, slots: NDArray[np.int64]) -> None:
+        """Put the tokens of `slots` into the first slots of the row, in that order."""
+
+    def resized(self, slots: int, used: int) -> Buffer:
+        """A new buffer with the first `used` slots of every row."""
+
+    def store(self, row: int, values: Array) -> None:
+        """Write [heads, n, width] to the first n slots of a row."""
+
+
+class HostBuffer:
+    """A buffer in this process's memory."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: str) -> None:
+        # zeros: the pages are real only once written, and an empty slot that a mask hides must not hold a NaN
+        self.array: Array = np.zeros(shape, dtype)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.array.shape
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.array.nbytes)
+
+    def bind(self, binding: Any, name_in: str | None, name_out: str | None, row: int | None) -> None:
+        value = ort.OrtValue.ortvalue_from_numpy(self.array if row is None else self.array[row : row + 1])
+        if name_in is not None:
+            binding.bind_ortvalue_input(name_in, value)
+        if name_out is not None:
+            binding.bind_ortvalue_output(name_out, value)
+
+    def row(self, row: int) -> Array:
+        view: Array = self.array[row]
+        return view
+
+    def move(self, row: int, slots: NDArray[np.int64]) -> None:
+        _move(self.array[row], slots)
+
+    def resized(self, slots: int, used: int) -> HostBuffer:
+        batch, heads, _, width = self.shape
+        new = HostBuffer((batch, heads, slots, width), str(self.array.dtype))
+        new.array[:, :, :used] = self.array[:, :, :used]
+        return new
+
+    def store(self, row: int, values: Array) -> None:
+        self.array[row, :, : values.shape[1]] = values
+
+
+class DeviceBuffer:
+    """A buffer in a device's memory; rows are bound by address, compaction goes through the host."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: str, device: str) -> None:
+        self._shape = shape
+        self._dtype = np.dtype(dtype)
+        self._device = device
+        self._value = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), self._dtype.type, device, 0)
+        if self.nbytes:
+            self._value.update_inplace(np.zeros(shape, self._dtype))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self._shape
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self._shape)) * self._dtype.itemsize
+
+    def bind(self, binding: Any, name_in: str | None, name_out: str | None, row: int | None) -> None:
+        shape, address = list(self._shape), int(self._value.data_ptr())
+        if row is not None:
+            address += row * (self.nbytes // shape[0])
+            shape[0] = 1
+        if name_in is not None:
+            binding.bind_input(name_in, self._device, 0, self._dtype.type, shape, address)
+        if name_out is not None:
+            binding.bind_output(name_out, self._device, 0, self._dtype.type, shape, address)
+
+    def row(self, row: int) -> Array:
+        values: Array = self._value.numpy()[row]
+        return values
+
+    def move(self, row: int, slots: NDArray[np.int64]) -> None:
+        values = self._value.numpy().copy()
+        _move(values[row], slots)
+        self._value.update_inplace(values)
+
+    def resized(self, slots: int, used: int) -> DeviceBuffer:
+        batch, heads, _, width = self._shape
+        new = DeviceBuffer((batch, heads, slots, width), str(self._dtype), self._device)
+        values = np.zeros(new.shape, self._dtype)
+        values[:, :, :used] = self._value.numpy()[:, :, :used]
+        new._value.update_inplace(values)
+        return new
+
+    def store(self, row: int, values: Array) -> None:
+        everything = self._value.numpy().copy()
+        everything[row, :, : values.shape[1]] = values
+        self._value.update_inplace(everything)
+
+
+def _move(tokens_GSD: Array, slots: NDArray[np.int64]) -> None:
+    moved = slots != np.arange(len(slots))
+    if not moved.any():
+        return
+    start = int(moved.argmax())
+    rest = slots[start:]
+    if rest[-1] - rest[0] == len(rest) - 1:
+        # one run, the usual case of sinks and a window: numpy handles the overlap
+        tokens_GSD[:, start : len(slots)] = tokens_GSD[:, rest[0] : rest[-1] + 1]
+    else:
+        tokens_GSD[:, start : len(slots)] = tokens_GSD[:, rest]
+
+
+def new_buffer(shape: tuple[int, int, int, int], dtype: str, device: str) -> Buffer:
+    """A zeroed buffer where the session computes."""
+    return HostBuffer(shape, dtype) if device == "cpu" else DeviceBuffer(shape, dtype, device)
