@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import fx
 
@@ -15,13 +13,13 @@ from memcompile.artifact.manifest import MASK_INPUT, FunctionEntry, GroupEntry, 
 from memcompile.backends.onnxruntime import attention, dense, experts, layout, rotary  # noqa: F401  (register)
 from memcompile.backends.onnxruntime.emitter import Emitter
 from memcompile.backends.onnxruntime.export import WEIGHTS, dtype_name, example, to_model, write
-from memcompile.backends.onnxruntime.genai import GENAI_CONFIG, genai_config, is_plain
+from memcompile.backends.onnxruntime.genai import GENAI_CONFIG, GENAI_MODEL, is_plain, write_genai
 from memcompile.backends.onnxruntime.interface import BATCH, StepInterface, cache_tensors, step_interface
 from memcompile.errors import MemcompileError
 from memcompile.lowering import Lowered, Progress, inline_higher_order
 from memcompile.program import Program
 
-MODEL, COMPRESS = "model.onnx", "compress.onnx"
+MODEL, COMPRESS, COMPRESS_WEIGHTS = "model.onnx", "compress.onnx", "compress.bin"
 # bounds activations and score matrices; larger chunks were not faster (docs/backends/onnxruntime.md)
 CHUNK_TOKENS: Final = 512
 DEVICES: Final = ("cpu", "cuda")
@@ -53,20 +51,14 @@ class OnnxRuntimeBackend:
             progress("compress")
             functions["compress"] = _lower_compress(program, interface, destination)
         if is_plain(interface.states, interface.groups):
-            config = genai_config(
-                program.model, interface.states, MODEL, device=device, hidden_size=_hidden_size(interface)
-            )
-            (destination / GENAI_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            progress("genai")
+            write_genai(program.model, interface.states, destination, MODEL, device=device)
         return Lowered(functions, interface.states, interface.groups, chunk, _files(destination))
 
 
 def _files(destination: Path) -> tuple[str, ...]:
-    names = (MODEL, WEIGHTS, COMPRESS, GENAI_CONFIG)
+    names = (MODEL, WEIGHTS, COMPRESS, COMPRESS_WEIGHTS, GENAI_CONFIG, GENAI_MODEL)
     return tuple(name for name in names if (destination / name).exists())
-
-
-def _hidden_size(interface: StepInterface) -> int:
-    return interface.states[0].heads * interface.states[0].head_dim
 
 
 class _Step(torch.nn.Module):
@@ -107,8 +99,6 @@ def _lower_step(
         interface.inputs,
         interface.outputs,
         [example(entry, sizes) for entry in interface.inputs],
-        # onnxruntime-genai does not feed this input: it wants the last position
-        defaults={"logit_positions": np.array([[-1]], np.int64)},
     )
     return write(model, destination / MODEL, interface.inputs, interface.outputs)
 
@@ -184,7 +174,7 @@ def _lower_compress(program: Program, interface: StepInterface, destination: Pat
     for index, group in enumerate(interface.groups):
         sizes |= {f"slots.{group.name}": 24 + 2 * index, f"observed.{group.name}": 7}
     model = to_model(_Compress(program.compress), inputs, outputs, [example(e, sizes) for e in inputs])
-    return write(model, destination / COMPRESS, inputs, outputs, weights="compress.bin")
+    return write(model, destination / COMPRESS, inputs, outputs, weights=COMPRESS_WEIGHTS)
 
 
 class _Compress(torch.nn.Module):

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -32,11 +31,10 @@ def to_model(
     inputs: Sequence[TensorEntry],
     outputs: Sequence[TensorEntry],
     examples: Sequence[torch.Tensor],
-    defaults: Mapping[str, np.ndarray] | None = None,
 ) -> ir.Model:
     """Trace `module` over the examples and translate it; weights are not copied.
 
-    A named dim of an input is dynamic. `defaults` are values that inputs take when they are not fed.
+    A named dim of an input is dynamic.
     Raises MC901 when the exporter cannot translate an operator.
     """
     dynamic = tuple(
@@ -65,7 +63,7 @@ def to_model(
     assert exported is not None
     model = exported.model
     clean_up(model)
-    _set_interface(model.graph, inputs, outputs, defaults or {})
+    _set_interface(model.graph, inputs, outputs)
     return model
 
 
@@ -73,7 +71,6 @@ def _set_interface(
     graph: ir.Graph,
     inputs: Sequence[TensorEntry],
     outputs: Sequence[TensorEntry],
-    defaults: Mapping[str, np.ndarray],
 ) -> None:
     assert len(graph.inputs) == len(inputs) and len(graph.outputs) == len(outputs), (graph.inputs, inputs)
     for value, entry in zip(graph.inputs, inputs, strict=True):
@@ -82,10 +79,6 @@ def _set_interface(
         value.name = entry.name
     name_dims(graph.inputs, [entry.dims for entry in inputs])
     name_dims(graph.outputs, [entry.dims for entry in outputs])
-    for value in graph.inputs:
-        if value.name in defaults:
-            value.const_value = ir.tensor(defaults[value.name], name=value.name)
-            graph.register_initializer(value)
 
 
 def write(

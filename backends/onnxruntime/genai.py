@@ -1,14 +1,24 @@
-"""`genai_config.json`: lets onnxruntime-genai load an artifact whose states are plain key/value caches."""
+"""Let onnxruntime-genai load an artifact whose states are plain key/value caches.
+
+It feeds no `logit_positions`, and takes logits for the last token only when their token axis is declared as 1.
+So it gets a graph of its own, which reads the same weights, and a `genai_config.json`.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx_ir as ir
 
 from memcompile.artifact.manifest import MASK_INPUT, GroupEntry, StateEntry
 from memcompile.regions import ModelFacts
 
-GENAI_CONFIG = "genai_config.json"
+GENAI_CONFIG: Final = "genai_config.json"
+GENAI_MODEL: Final = "genai.onnx"
 
 
 def is_plain(states: Sequence[StateEntry], groups: Sequence[GroupEntry]) -> bool:
@@ -22,8 +32,27 @@ def is_plain(states: Sequence[StateEntry], groups: Sequence[GroupEntry]) -> bool
     )
 
 
+def write_genai(
+    model: ModelFacts, states: Sequence[StateEntry], folder: Path, step_file: str, *, device: str
+) -> None:
+    """Write the configuration and the graph that gives the last token's logits."""
+    graph_model = ir.load(folder / step_file)
+    graph = graph_model.graph
+    wanted = next(value for value in graph.inputs if value.name == "logit_positions")
+    graph.inputs.remove(wanted)
+    wanted.const_value = ir.tensor(np.array([[-1]], np.int64), name=wanted.name)
+    wanted.shape = ir.Shape([1, 1])
+    graph.register_initializer(wanted)
+    logits = graph.outputs[0]
+    assert logits.shape is not None
+    logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]])
+    ir.save(graph_model, folder / GENAI_MODEL)
+    config = genai_config(model, states, GENAI_MODEL, device=device)
+    (folder / GENAI_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def genai_config(
-    model: ModelFacts, states: Sequence[StateEntry], file: str, *, device: str, hidden_size: int
+    model: ModelFacts, states: Sequence[StateEntry], file: str, *, device: str
 ) -> dict[str, Any]:
     """The configuration; the graph needs nothing of onnxruntime-genai's own per-model code."""
     first = states[0]
@@ -41,7 +70,7 @@ def genai_config(
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": providers},
                 "filename": file,
-                "hidden_size": hidden_size,
+                "hidden_size": first.heads * first.head_dim,
                 "head_size": first.head_dim,
                 "num_attention_heads": first.heads,
                 "num_key_value_heads": first.kv_heads,

@@ -56,7 +56,7 @@ class StepDriver:
             feeds[group.input] = np.ones((1, total), np.int64) if linear else np.arange(total, dtype=np.int64)[None]
         binding = self.session.io_binding()
         for name, value in feeds.items():
-            # bind_cpu_input does not know inputs that have a default
+
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
         for name, value in self.buffers.items():
             binding.bind_ortvalue_input(name, value)
