@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 
 import memcompile.dialect  # noqa: F401  (registers the operators)
 from memcompile.frontend.normalise import normalise
-from memcompile.frontend.recognise.axes import Axis, Untraceable
-from memcompile.frontend.recognise.emit import PRIMES, Emitter, fake_mode_of, product
+from memcompile.frontend.recognise.axes import Atom, Axis, Untraceable
+from memcompile.frontend.recognise.emit import PRIMES, Emitter, coalesce, fake_mode_of, product
 from memcompile.frontend.recognise.evaluate import (
     Sizes,
     Unevaluable,
@@ -111,6 +111,12 @@ class _Rewriter:
         self.verdicts: dict[int, Verdict | Refused] = {}
         self.positions: dict[tuple[fx.Node, int, bool], fx.Node] = {}
         self.made: list[fx.Node] = []
+        self.known_sizes: dict[tuple[fx.Node, int], fx.Node] = {}
+        for node in self.graph.nodes:
+            if node.target is aten.sym_size.int and node.args[0].op == "placeholder":
+                self.known_sizes[node.args[0], node.args[1]] = node
+            elif node.op == "call_function":
+                break
 
     def rewrite(self, match: Written | Fused) -> None:
         try:
@@ -122,7 +128,7 @@ class _Rewriter:
         known = self.verdicts.get(key)
         if isinstance(known, Refused):
             raise known
-        emit = Emitter(self.graph, match.out, self.sizes, self.mode)
+        emit = Emitter(self.graph, match.out, self.sizes, self.mode, self.known_sizes)
         try:
             verdict = self._replace(match, found, emit, known)
         except (Untraceable, Refused, Unevaluable) as error:
@@ -162,7 +168,8 @@ class _Rewriter:
         attention.meta["path"] = module_path(match.out)
         attention.meta["mask_unproven"] = facts.why
         match.out.replace_all_uses_with(new)
-        new.meta.setdefault("val", match.out.meta.get("val"))
+        # a fused call counts as random, so dead-code elimination would keep it
+        self.graph.erase_node(match.out)
         self.made.append(attention)
         return verdict
 
@@ -199,15 +206,17 @@ class _Rewriter:
 
     def _output(self, out: fx.Node, heads: fx.Node, found: Arrangement, emit: Emitter) -> fx.Node:
         """[B,H,T,D] in the axes and the type of the node it replaces."""
-        width = product(found.v.width)
-        atoms: list[Any] = [*found.batch, *found.heads, *found.queries, None]
-        operands = [s.trace.source for s in (found.q, found.k, found.v)]
-        near = (heads, *operands, *(n for s in (found.q, found.k, found.v) for n in s.trace.between))
-        x = emit.reshape(heads, [width if a is None else a.size for a in atoms], near)
-        order = [a for axis in found.out for a in ([None] if axis is None else axis)]
+        width = Atom(product(found.v.width))
+        roles = [found.batch, found.heads, found.queries, [width]]
+        axes = [[width] if axis is None else axis for axis in found.out]
+        operands = (found.q, found.k, found.v)
+        near = (heads, *(s.trace.source for s in operands), *(n for s in operands for n in s.trace.between))
+        atoms, order = ([a for axis in frame for a in axis] for frame in (roles, axes))
         if sorted(map(id, order)) != sorted(map(id, atoms)):
             raise Refused("the output does not keep every batch, head and token axis")
-        x = emit.permute(x, [atoms.index(a) for a in order])
+        units = coalesce(roles, axes)
+        x = emit.reshape(heads, [product(u) for u in units], near)
+        x = emit.permute(x, sorted(range(len(units)), key=lambda i: order.index(units[i][0])))
         x = emit.reshape(x, shape_of(out, self.sizes), near)
         wanted = out.meta["val"].dtype
         return x if x.meta["val"].dtype == wanted else emit.call(aten.to.dtype, x, wanted)
@@ -221,7 +230,7 @@ class _Rewriter:
         key = (facts.keep, facts.kept_value, facts.window > 0)
         if key not in self.positions:
             first = next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
-            emit = Emitter(self.graph, first, self.sizes, self.mode)
+            emit = Emitter(self.graph, first, self.sizes, self.mode, self.known_sizes)
             kept = facts.keep
             if not (kept.meta["val"].dtype == torch.bool and facts.kept_value):
                 kept = emit.call(aten.ne.Scalar if facts.kept_value else aten.eq.Scalar, kept, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from memcompile.frontend.recognise.axes import Atom, Axis, Trace, Untraceable
-from memcompile.frontend.recognise.evaluate import Sizes, Unevaluable, shape_of
+from memcompile.frontend.recognise.evaluate import Sizes, shape_of
 
 aten = torch.ops.aten
 # symbols stand in as primes, so a size beyond this holds a symbol
@@ -33,13 +34,20 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
 
 
 class Emitter:
-    """Inserts nodes before `before`; `sizes` gives each size symbol its prime."""
+    """Inserts nodes before `before`; `sizes` gives each size symbol its prime.
 
-    def __init__(self, graph: fx.Graph, before: fx.Node, sizes: Sizes, mode: FakeTensorMode | None) -> None:
+    known_sizes: nodes that hold the sizes of inputs and stand in front of everything; grows.
+    """
+
+    def __init__(
+        self, graph: fx.Graph, before: fx.Node, sizes: Sizes, mode: FakeTensorMode | None,
+        known_sizes: dict[tuple[fx.Node, int], fx.Node] | None = None,
+    ) -> None:  # fmt: skip
         self.graph = graph
         self.before = before
         self.sizes = sizes
         self.mode = mode
+        self.known_sizes = {} if known_sizes is None else known_sizes
         self.made: list[fx.Node] = []
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
@@ -78,11 +86,22 @@ class Emitter:
                     continue
                 for axis, have in enumerate(shape_of(holder, self.sizes)):
                     if have == wanted:
-                        return self.call(aten.sym_size.int, holder, axis)
+                        return self._size_of(holder, axis)
                     if multiple and have > CONSTANT_LIMIT and wanted % have == 0:
                         rest = self.size(wanted // have, near)
-                        return self.call(operator.mul, self.call(aten.sym_size.int, holder, axis), rest)
+                        return self.call(operator.mul, self._size_of(holder, axis), rest)
         raise Untraceable("a size of the attention cannot be named at run time")
+
+    def _size_of(self, holder: fx.Node, axis: int) -> fx.Node:
+        if holder.op != "placeholder":
+            return self.call(aten.sym_size.int, holder, axis)
+        if (holder, axis) not in self.known_sizes:
+            first = next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
+            with self.graph.inserting_before(first):
+                node = self.graph.call_function(aten.sym_size.int, (holder, axis))
+            node.meta["val"] = holder.meta["val"].shape[axis]
+            self.known_sizes[holder, axis] = node
+        return self.known_sizes[holder, axis]
 
     def reshape(self, x: fx.Node, shape: Sequence[int], near: Iterable[fx.Node] = ()) -> fx.Node:
         """`x` in the given shape; nothing is emitted when it has it."""
@@ -107,9 +126,25 @@ class Emitter:
         leftover = [a for a in source_atoms if a not in wanted]
         if leftover or any(a not in source_atoms for a in wanted):
             raise Untraceable("an operand mixes axes that attention keeps apart")
-        x = self.reshape(trace.source, [a.size for a in source_atoms], (trace.source, *trace.between))
-        x = self.permute(x, [source_atoms.index(a) for a in wanted])
-        return self.reshape(x, [product(role) for role in roles], (trace.source, *trace.between))
+        units = coalesce(trace.layout.source, roles)
+        near = (trace.source, *trace.between)
+        x = self.reshape(trace.source, [product(u) for u in units], near)
+        order = sorted(range(len(units)), key=lambda i: wanted.index(units[i][0]))
+        x = self.permute(x, order)
+        return self.reshape(x, [product(role) for role in roles], near)
+
+
+def coalesce(before: Sequence[Axis], after: Sequence[Axis]) -> list[Axis]:
+    """The atoms of `before` in order, in runs that stay together in `after`: what a reshape must really split."""
+    follows = {first: second for axis in after for first, second in itertools.pairwise(axis)}
+    units: list[Axis] = []
+    for axis in before:
+        for index, atom in enumerate(axis):
+            if index and follows.get(axis[index - 1]) is atom:
+                units[-1].append(atom)
+            else:
+                units.append([atom])
+    return units
 
 
 def product(atoms: Iterable[Atom]) -> int:
@@ -120,4 +155,4 @@ def product(atoms: Iterable[Atom]) -> int:
     return size
 
 
-__all__ = ["PRIMES", "Emitter", "Unevaluable", "fake_mode_of", "product"]
+__all__ = ["PRIMES", "Emitter", "coalesce", "fake_mode_of", "product"]
