@@ -8,43 +8,57 @@ import torch
 
 from memcompile.dialect.cache_codes import dequantize
 from memcompile.program.program import PositionGroup, Program, StateSpec
-from memcompile.regions import argument, attention_regions
+from memcompile.regions import EvictSpec, argument, attention_regions
 
-BEFORE_ALL, AFTER_ALL = float("-inf"), float("inf")
+BEFORE_ALL = float("-inf")
+MILLION = 1_000_000
 
 
-def choose_tokens(scores: torch.Tensor, positions: torch.Tensor, group: PositionGroup) -> tuple[torch.Tensor, torch.Tensor]:
+def choose_tokens(
+    scores: torch.Tensor, positions: torch.Tensor, group: PositionGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Slots to keep for each head, in the order of their positions, and how many are kept.
 
     scores [B,G,S]; positions int64 [B,S], -1 for an empty slot. Gives slots [B,G,K] and kept [B]; K is the most
-    any row keeps, and slots past a row's own count repeat its last slot.
+    that S slots could keep, and entries past a row's own count stand for nothing.
     """
     spec = group.evict
     assert spec is not None
+    slots = scores.shape[2]
     used = (positions >= 0).sum(dim=1)
-    newest = positions.max(dim=1, keepdim=True).values
-    protected = (positions < spec.sink_tokens) | (positions > newest - spec.recent_tokens)
-    scores = torch.where(protected.unsqueeze(1), AFTER_ALL, scores)
-    scores = torch.where((positions < 0).unsqueeze(1), BEFORE_ALL, scores)
     if spec.keep_tokens is not None:
+        most = torch.sym_min(slots, spec.keep_tokens)
         kept = used.clamp(max=spec.keep_tokens)
     else:
         assert spec.keep_fraction is not None
-        # ceil in integers per million: float32 rounding must not keep one token more or less
-        share = round(spec.keep_fraction * 1_000_000)
-        kept = (used * share + 999_999) // 1_000_000
-    # among equal scores the newer token wins, so that protected tokens beyond the budget go oldest first
-    order = torch.argsort(positions, dim=1, descending=True, stable=True).unsqueeze(1).expand_as(scores)
-    by_score = torch.argsort(torch.gather(scores, 2, order), dim=2, descending=True, stable=True)
-    ranked = torch.gather(order, 2, by_score)
-    most = kept.max()
-    rank = torch.arange(scores.shape[2], device=scores.device)
-    chosen = ranked[:, :, : most]  # noqa: E203
-    inside = rank[: most].reshape(1, 1, -1) < kept.reshape(-1, 1, 1)
-    far = torch.iinfo(torch.int64).max
-    place = torch.where(inside, torch.gather(positions.unsqueeze(1).expand_as(scores), 2, chosen), far)
-    back = torch.argsort(place, dim=2, stable=True)
-    return torch.gather(chosen, 2, back), kept
+        # ceil in integers per million: float rounding must not keep one token more or less
+        share = round(spec.keep_fraction * MILLION)
+        most = (slots * share + MILLION - 1) // MILLION
+        kept = (used * share + MILLION - 1) // MILLION
+    ranked = torch.topk(_keys(scores, positions, spec), most, dim=2).indices
+    wide_positions = positions.unsqueeze(1).expand(-1, scores.shape[1], -1)
+    rank = torch.arange(most, device=scores.device).reshape(1, 1, -1)
+    inside = rank < kept.reshape(-1, 1, 1)
+    # what is kept beyond a row's own count goes last, in any order
+    place = torch.where(inside, torch.gather(wide_positions, 2, ranked), torch.iinfo(torch.int64).max)
+    by_position = torch.topk(place, most, dim=2, largest=False).indices
+    return torch.gather(ranked, 2, by_position), kept
+
+
+def _keys(scores: torch.Tensor, positions: torch.Tensor, spec: EvictSpec) -> torch.Tensor:
+    """Sort keys, float64 [B,G,S], without ties: protected tokens first, then by score; the newer wins a tie.
+
+    No backend promises a stable sort. A float32 score has 29 spare bits in float64, which hold the position.
+    """
+    newest = positions.max(dim=1, keepdim=True).values
+    protected = (positions < spec.sink_tokens) | (positions > newest - spec.recent_tokens)
+    place = positions.unsqueeze(1).to(torch.float64)
+    wide = scores.float().to(torch.float64)
+    keys = wide + wide.abs() * place * 2.0**-50 + place * 1e-300
+    valid = (positions >= 0).unsqueeze(1)
+    best = torch.where(valid, keys, BEFORE_ALL).amax(dim=2, keepdim=True)
+    keys = torch.where(protected.unsqueeze(1), best.abs() * 2.0 + 1.0 + place, keys)
+    return torch.where(valid, keys, BEFORE_ALL)
 
 
 class CompressGroup(torch.nn.Module):
