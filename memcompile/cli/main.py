@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any, Final
 
 import click
@@ -73,8 +74,15 @@ class Commands(click.Group):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
 
+def _version() -> str:
+    try:
+        return metadata.version("memcompile")
+    except metadata.PackageNotFoundError:  # run from a checkout
+        return "not installed"
+
+
 @click.group(cls=Commands, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="memcompile", prog_name="memcompile")
+@click.version_option(_version(), prog_name="memcompile")
 def app() -> None:
     """Rewrite trained transformers into memory-efficient equivalents, and measure what it bought."""
 
@@ -90,10 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output = Output(json="--json" in flags, quiet="--quiet" in flags, stream=stream)
         try:
             return _run(arguments, output)
-        except BrokenPipeError:
-            # the reader of a pipe went away: nothing is left to say, and Python must not flush at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+        except SystemExit as ended:
+            # click ends like this when the reader of a pipe went away; then nothing is left to say
+            return 0 if isinstance(ended.__context__, BrokenPipeError) else int(ended.code or 0)
         except MemcompileError as error:
             return output.error(error)
         except click.exceptions.NoArgsIsHelpError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import sys
@@ -80,27 +79,17 @@ def pure_stdout(active: bool) -> Iterator[TextIO]:
     if not active:
         yield real
         return
-    descriptor = _descriptor(real)
-    if descriptor is None:
+    try:
+        # below Python as well: compiled libraries and child processes write to descriptor 1
+        own, kept = os.dup(real.fileno()), os.dup(1)
+        os.dup2(sys.stderr.fileno(), 1)
+    except (OSError, AttributeError, ValueError):
         with contextlib.redirect_stdout(sys.stderr):
             yield real
         return
-    # below Python as well: compiled libraries write to the descriptor
-    real.flush()
-    kept = os.dup(descriptor)
-    os.dup2(sys.stderr.fileno(), descriptor)
     try:
-        with os.fdopen(os.dup(kept), "w", encoding="utf-8") as stream, contextlib.redirect_stdout(sys.stderr):
+        with os.fdopen(own, "w", encoding="utf-8") as stream, contextlib.redirect_stdout(sys.stderr):
             yield stream
     finally:
-        real.flush()
-        os.dup2(kept, descriptor)
+        os.dup2(kept, 1)
         os.close(kept)
-
-
-def _descriptor(stream: TextIO) -> int | None:
-    try:
-        sys.stderr.fileno()
-        return stream.fileno()
-    except (io.UnsupportedOperation, AttributeError, ValueError):
-        return None

@@ -260,7 +260,8 @@ CASES = {
         "join the two lines",
     ),
     "same_layers_twice": (
-        'passes:\n  - kv.evict: {keep_tokens: 1, layers: "0-5"}\n  - kv.evict: {keep_tokens: 1, layers: [5, 7]}\n',
+        'passes:\n  - kv.evict: {keep_tokens: 1, layers: "0-5"}\n'
+        "  - kv.evict: {keep_tokens: 1, layers: [5, 7]}\n",
         "MC109",
         "kv.evict is applied twice to layer 5, also at plan.yaml:2",
         3,
