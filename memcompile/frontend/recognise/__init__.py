@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from memcompile.frontend.recognise.attention import recognise
+from memcompile.frontend.recognise.norms import recognise_norms
+from memcompile.frontend.recognise.rotary import recognise_rotary
 
-__all__ = ["recognise"]
+__all__ = ["recognise", "recognise_norms", "recognise_rotary"]
