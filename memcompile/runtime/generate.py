@@ -107,7 +107,8 @@ def generate(
 
     A row ends at an end token of the model, a stop string (its text is cut before it), the limit, or the
     model's last position (`max_positions`; 0 or None: no limit); the others go on. With `chat` a text is put
-    into the model's chat format, and the format's own stop strings count too. `on_token(row, token, text)` gets text as it becomes certain.
+    into the model's chat format, and the format's own stop strings count too. `on_token(row, token, text)`
+    gets text as it becomes certain.
 
     Raises MC130 (prompt too long), MC131 (empty), MC120 (max_new_tokens below 1).
     """

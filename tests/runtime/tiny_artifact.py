@@ -240,7 +240,7 @@ def step_model(model: TinyModel) -> tuple[Any, FunctionEntry]:
     for name in ("cos", "sin", "embed", "head"):
         g.constant(model.weights[name], name)
     x = g.op("Gather", "embed", "input_ids")
-    for index, (layer, state) in enumerate(zip(model.layers, states, strict=True)):
+    for index, state in enumerate(states):
         dims = ("B", model.kv_heads, f"C_{state.group}", state.stored_width)
         inputs += [TensorEntry(n, state.dtype, dims) for n in (state.key_in, state.value_in)]
         outputs += [TensorEntry(n, state.dtype, dims) for n in (state.key_out, state.value_out)]
@@ -375,6 +375,8 @@ def _compress_state(
     outputs += [TensorEntry(n, state.dtype, kept) for n in (state.key_out, state.value_out)]
     grouped = g.op("Reshape", observed, g.ints(0, model.kv_heads, -1, model.head_dim))
     query = g.op("ReduceSum", grouped, g.ints(2), keepdims=1)
+    # any score will do: packed codes are weighed as they are
+    query = g.op("Slice", query, g.ints(0), g.ints(state.stored_width), g.ints(3))
     key = g.op("Cast", state.key_in, to=TensorProto.FLOAT)
     scores = g.op("ReduceSum", g.op("Mul", key, query), g.ints(3), keepdims=0)
     lowest = g.constant(np.array(-np.inf, np.float32))
