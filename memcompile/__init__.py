@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 __all__ = ["CompiledModel", "MemcompileError", "load", "optimize"]
 
 
-
 def __getattr__(name: str) -> Any:
     if name == "load":
         from memcompile.runtime import load

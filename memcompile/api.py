@@ -55,7 +55,9 @@ class CompiledModel(torch.nn.Module):
         """Continue prompts of token ids, one list a row (rows may differ in length)."""
         if self._session is None:
             raise MemcompileError(
-                "MC120", "this model does not predict next tokens, so it cannot generate", fix="call it instead"
+                "MC120",
+                "this model does not predict next tokens, so it cannot generate",
+                fix="call it instead",
             )
         rows = prompts.tolist() if isinstance(prompts, torch.Tensor) else [list(p) for p in prompts]
         facts = self._captured.model
@@ -73,14 +75,20 @@ class CompiledModel(torch.nn.Module):
         force: bool = False,
         progress: Progress = SILENT,
     ) -> Path:
-        """Write the rewritten model as an artifact for `target`; with `evaluate`, the plan's gates must hold."""
+        """Write the rewritten model as an artifact for `target`; with `evaluate`, the gates must hold."""
         sections = self._plan.resolved()
         sections["target"] = {**sections["target"], "backend": target}
         if not evaluate:
             sections["gates"] = {}
         plan = load_plan(sections, base=self._plan.base)
         result = pipeline.export(
-            self._captured, self._compiled, plan, Path(path), evaluate=evaluate, force=force, progress=progress
+            self._captured,
+            self._compiled,
+            plan,
+            Path(path),
+            evaluate=evaluate,
+            force=force,
+            progress=progress,
         )
         return result.artifact
 
@@ -108,4 +116,3 @@ def optimize(
     windows = None if calibration is None else [dict(window) for window in calibration]
     compiled = pipeline.rewrite_captured(captured, resolved, windows=windows, progress=progress)
     return CompiledModel(captured, compiled, resolved)
-

@@ -1,4 +1,4 @@
-"""The line every model follows: source, capture, passes, program, lowering, artifact, evaluation, gates, report."""
+"""The line every model follows: source, capture, passes, program, lowering, artifact, evaluation, report."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def write_artifact(compiled: Compiled, plan: Plan, folder: Path, progress: Progr
     """Lower a program into `folder`, with its tokenizer; gives the manifest to seal it with."""
     backend = get_backend(plan.target.backend)
     captured = compiled.captured
-    lowered = backend.lower(compiled.program, folder, device=plan.target.device, progress=progress.stage)
+    lowered = backend.lower(compiled.program, folder, device=plan.target.device, progress=progress)
     tokenizer = write_tokenizer(captured.tokenizer, folder, captured.model.eos_token_ids)
     result = compiled.rewrite
     refusals = [*captured.refusals, *result.refusals]
@@ -203,7 +203,9 @@ def write_artifact(compiled: Compiled, plan: Plan, folder: Path, progress: Progr
     )
 
 
-def inspect(source: str | Captured, *, dtype: str | None = None, progress: Progress = SILENT) -> dict[str, Any]:
+def inspect(
+    source: str | Captured, *, dtype: str | None = None, progress: Progress = SILENT
+) -> dict[str, Any]:
     """The regions of a model, as `memcompile inspect --json` prints them."""
     progress.stage("capture the model")
     captured = capture(source, dtype=dtype) if isinstance(source, str) else source
@@ -230,9 +232,7 @@ def explain(source: str | Captured, plan: Plan, *, progress: Progress = SILENT) 
     }
 
 
-def evaluate_artifact(
-    path: Path, settings: EvaluationSettings, *, progress: Progress = SILENT
-) -> Evaluation:
+def evaluate_artifact(path: Path, settings: EvaluationSettings, *, progress: Progress = SILENT) -> Evaluation:
     """Measure an artifact alone."""
     return evaluation_.evaluate(None, path, settings, progress=progress)
 

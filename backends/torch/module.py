@@ -1,4 +1,4 @@
-"""The rewritten model as a drop-in `nn.Module`: the original's call, the original's output type, gradients."""
+"""The rewritten model as a drop-in `nn.Module`: the original's call and output type, and gradients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class RewrittenModule(torch.nn.Module):
 
         Raises MC205 for inputs that were not among the example inputs of the capture.
         """
-        given = dict(zip(self._names, args, strict=False)) | {k: v for k, v in kwargs.items() if v is not None}
+        given = dict(zip(self._names, args, strict=False)) | {
+            k: v for k, v in kwargs.items() if v is not None
+        }
         given.pop("use_cache", None)
         given.pop("return_dict", None)
         if "position_ids" in self._names and "position_ids" not in given and "input_ids" in given:
@@ -44,4 +46,6 @@ class RewrittenModule(torch.nn.Module):
 
 def _count_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     # transformers' models count from the first slot, padded or not
-    return torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0).expand(input_ids.shape[0], -1)
+    return (
+        torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0).expand(input_ids.shape[0], -1)
+    )

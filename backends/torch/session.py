@@ -59,8 +59,10 @@ class TorchSession:
         return TorchState(batch, caches, observed, tables, torch.zeros(batch, dtype=torch.int64))
 
     @torch.no_grad()
-    def step(self, state: TorchState, tokens: torch.Tensor, valid: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """One call of the step graph: tokens [B,T], valid bool [B,T] (valid first), rows [B,N]; logits [B,N,V]."""
+    def step(
+        self, state: TorchState, tokens: torch.Tensor, valid: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """One call of the step graph: tokens [B,T], valid bool [B,T] (valid first), rows [B,N]; gives [B,N,V]."""
         positions = torch.where(valid, state.lengths.unsqueeze(1) + torch.arange(tokens.shape[1]), -1)
         tables = {name: torch.cat((table, positions), dim=1) for name, table in state.tables.items()}
         arguments: list[torch.Tensor] = [tokens, positions.clamp(min=0), rows]
@@ -83,7 +85,7 @@ class TorchSession:
     def prefill(
         self, state: TorchState, rows: Sequence[Sequence[int]], *, all_logits: bool = False
     ) -> list[np.ndarray]:
-        """Read one prompt a row; gives float32 logits [N,V] a row: of its last token, or of all its tokens."""
+        """Read one prompt a row; gives float32 logits [N,V] a row: of its last token, or of all of them."""
         longest = max(len(row) for row in rows)
         tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
         valid = torch.zeros(len(rows), longest, dtype=torch.bool)
@@ -106,7 +108,9 @@ class TorchSession:
         """Continue the single row of `state` with known tokens; logits [T,V]."""
         row = torch.as_tensor(list(tokens)).unsqueeze(0)
         wanted = torch.arange(row.shape[1]).unsqueeze(0)
-        logits: np.ndarray = self.step(state, row, torch.ones_like(row, dtype=torch.bool), wanted)[0].float().numpy()
+        logits: np.ndarray = (
+            self.step(state, row, torch.ones_like(row, dtype=torch.bool), wanted)[0].float().numpy()
+        )
         return logits
 
     @torch.no_grad()

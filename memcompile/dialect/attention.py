@@ -29,7 +29,7 @@ def visible_keys(
     block: int,
     stride: int,
 ) -> torch.Tensor:
-    """Who may look at whom, as bool [B,T,S], from positions [B,T] and [B,S] (-1: padding or an empty slot)."""
+    """Who may look at whom, as bool [B,T,S], from positions [B,T] and [B,S] (-1: padding, empty)."""
     q = query_positions.unsqueeze(-1)
     p = key_positions.unsqueeze(-2)
     allowed = (p >= 0) & (q >= 0)

@@ -13,7 +13,7 @@ _DTYPES_LOW = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Work and traffic of one call: floating point operations, bytes moved, bytes of state held afterwards."""
+    """Work and traffic of one call: floating point operations, bytes moved, bytes of state held after."""
 
     flops: int = 0
     bytes_moved: int = 0

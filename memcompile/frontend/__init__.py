@@ -14,7 +14,11 @@ __all__ = ["Captured", "LoadedModel", "capture", "load_source"]
 
 
 def capture(
-    source: str | torch.nn.Module, example_inputs: Any = None, *, dtype: str | None = None, tokenizer: Any = None
+    source: str | torch.nn.Module,
+    example_inputs: Any = None,
+    *,
+    dtype: str | None = None,
+    tokenizer: Any = None,
 ) -> Captured:
     """Capture a model.
 

@@ -38,7 +38,9 @@ def capture_module(module: torch.nn.Module, example_inputs: ExampleInputs) -> Ca
     )
     if not named or not all(isinstance(v, torch.Tensor) for v in named.values()):
         raise MemcompileError(
-            "MC205", "example_inputs must be one or more tensors", fix="pass a tensor, a tuple of tensors or a dict"
+            "MC205",
+            "example_inputs must be one or more tensors",
+            fix="pass a tensor, a tuple of tensors or a dict",
         )
     was_training = module.training
     module.eval()
@@ -98,7 +100,9 @@ def _export(
         return export_graph(module, grown, dynamic(1), as_keywords=as_keywords)
 
 
-def _argument_names(program: torch.export.ExportedProgram, named: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+def _argument_names(
+    program: torch.export.ExportedProgram, named: Mapping[str, torch.Tensor]
+) -> tuple[str, ...]:
     user_inputs = program.graph_signature.user_inputs
     if len(user_inputs) == len(named) and all(isinstance(name, str) for name in user_inputs):
         return tuple(str(name) for name in user_inputs)
@@ -117,5 +121,3 @@ def _is_language_model(graph: fx.GraphModule, inputs: tuple[Any, ...], outputs: 
         and bool(outputs)
         and len(outputs[0].dims) == 3
     )
-
-

@@ -26,8 +26,8 @@ PROBE_TOKENS = 48
 VERIFY_TOLERANCE = 2e-3
 
 _ACTIVATION_NAMES = {
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
-    "relu": "relu",
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh", "relu": "relu",
 }  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def _attention(
     if other.get("s_aux") is not None:
         raise MemcompileError(
             "MC203",
-            f"{type(module).__name__} adds learned sink logits to its attention, which the dialect cannot state",
+            f"{type(module).__name__} adds learned sink logits to its attention; the dialect has none",
             where=type(module).__name__,
             fix="use a model without learned sink logits",
         )
@@ -94,11 +94,13 @@ def _experts(
         and type(self)._apply_gate.__module__.startswith("transformers.integrations")
     )
     if activation is None or not plain:
-        return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    return torch.ops.memcompile.experts(
+        batched: torch.Tensor = batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        return batched
+    mixed: torch.Tensor = torch.ops.memcompile.experts(
         hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj, activation,
         bool(self.is_transposed),
     )  # fmt: skip
+    return mixed
 
 
 @contextlib.contextmanager
@@ -189,9 +191,7 @@ def capture_huggingface(
         eos_token_ids=_token_ids(model),
         dtype=str(model.dtype).removeprefix("torch."),
     )
-    inputs = tuple(
-        tensor_spec(n.name, n.meta["val"]) for n in graph.graph.nodes if n.op == "placeholder"
-    )
+    inputs = tuple(tensor_spec(n.name, n.meta["val"]) for n in graph.graph.nodes if n.op == "placeholder")
     outputs = tuple(
         tensor_spec("logits" if i == logits else f"output_{i}", v.meta["val"])
         for i, v in enumerate(flat)
@@ -260,7 +260,8 @@ def _verify(
 
 
 def _first(value: Any) -> int | None:
-    return value[0] if isinstance(value, (list, tuple)) and value else value
+    first = value[0] if isinstance(value, (list, tuple)) and value else value
+    return None if first is None else int(first)
 
 
 def _token_ids(model: PreTrainedModel) -> tuple[int, ...]:

@@ -1,13 +1,14 @@
-"""Model sources: a Hugging Face folder, a single GGUF file, or an importable factory. Nothing is downloaded."""
+"""Model sources: a Hugging Face folder, a GGUF file, or an importable factory. Nothing is downloaded."""
 
 from __future__ import annotations
 
-import importlib
+import contextlib
+import importlib.util
+import io
 import json
 import logging
 import os
 import sys
-from contextlib import contextmanager
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,11 +53,11 @@ def load_source(source: str, dtype: str | None = None) -> LoadedModel:
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _offline() -> Iterator[None]:
     """Keep transformers from asking a hub and from printing progress of its own."""
     before = {name: os.environ.get(name) for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
-    os.environ.update({name: "1" for name in before})
+    os.environ.update(dict.fromkeys(before, "1"))
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -65,7 +66,9 @@ def _offline() -> Iterator[None]:
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        # the GGUF reader draws a bar of its own on stderr whatever the settings say
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
@@ -135,13 +138,20 @@ def _from_pretrained(folder: Path, class_name: str, dtype: str | None, extra: di
     with _offline():
         try:
             module = getattr(transformers, class_name).from_pretrained(
-                folder, dtype=DTYPES[dtype or "float32"], trust_remote_code=False, local_files_only=True, **extra
+                folder,
+                dtype=DTYPES[dtype or "float32"],
+                trust_remote_code=False,
+                local_files_only=True,
+                **extra,
             )
         except MemcompileError:
             raise
         except Exception as error:
             raise MemcompileError(
-                "MC202", f"transformers could not load it: {error}", where=where, fix="check that the files are whole"
+                "MC202",
+                f"transformers could not load it: {error}",
+                where=where,
+                fix="check that the files are whole",
             ) from error
         tokenizer = None
         if extra or any((folder / n).exists() for n in ("tokenizer.json", "tokenizer_config.json")):
@@ -150,7 +160,9 @@ def _from_pretrained(folder: Path, class_name: str, dtype: str | None, extra: di
                     folder, trust_remote_code=False, local_files_only=True, **extra
                 )
             except Exception as error:
-                raise MemcompileError("MC202", f"the tokenizer could not be read: {error}", where=where) from error
+                raise MemcompileError(
+                    "MC202", f"the tokenizer could not be read: {error}", where=where
+                ) from error
     return LoadedModel(module.eval(), tokenizer, folder if not extra else None)
 
 
@@ -164,7 +176,10 @@ def _load_factory(source: str) -> LoadedModel:
         factory = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise MemcompileError(
-            "MC201", f"{source}: {error}", where=source, fix="give package.module:function, importable from here"
+            "MC201",
+            f"{source}: {error}",
+            where=source,
+            fix="give package.module:function, importable from here",
         ) from error
     finally:
         if added:

@@ -11,7 +11,7 @@ __all__ = ["PLAIN_GROUP", "PositionGroup", "Program", "StateSpec", "build_progra
 
 
 def build_program(captured: Captured) -> Program:
-    """The program of a captured (and possibly rewritten) model: `forward`, and for causal models `step`, `compress`."""
+    """The program of a captured model: `forward`, and for causal models `step` and `compress`."""
     program = Program(
         forward=captured.graph,
         inputs=captured.inputs,

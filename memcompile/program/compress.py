@@ -19,15 +19,15 @@ def choose_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Slots to keep for each head, in the order of their positions, and how many are kept.
 
-    scores [B,G,S]; positions int64 [B,S], -1 for an empty slot. Gives slots [B,G,K] and kept [B]; K is the most
-    that S slots could keep, and entries past a row's own count stand for nothing.
+    scores [B,G,S]; positions int64 [B,S], -1 for an empty slot. Gives slots [B,G,K] and kept [B]; K is the
+    most that S slots could keep, and entries past a row's own count stand for nothing.
     """
     spec = group.evict
     assert spec is not None
     slots = scores.shape[2]
     used = (positions >= 0).sum(dim=1)
     if spec.keep_tokens is not None:
-        most = torch.sym_min(slots, spec.keep_tokens)
+        most = torch.sym_min(slots, spec.keep_tokens)  # type: ignore[no-untyped-call]
         kept = used.clamp(max=spec.keep_tokens)
     else:
         assert spec.keep_fraction is not None
@@ -64,11 +64,13 @@ def _keys(scores: torch.Tensor, positions: torch.Tensor, spec: EvictSpec) -> tor
 class CompressGroup(torch.nn.Module):
     """Evict from every cache of one group.
 
-    forward(positions [B,S], then for each state key, value and, if it observes, observed) gives the new positions
-    [B,K] (0..kept-1, then -1: every kept token stays visible) and each state's key and value.
+    forward(positions [B,S], then for each state key, value and, if it observes, observed) gives the new
+    positions [B,K] (0..kept-1, then -1: every kept token stays visible) and each state's key and value.
     """
 
-    def __init__(self, group: PositionGroup, states: tuple[StateSpec, ...], scales: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self, group: PositionGroup, states: tuple[StateSpec, ...], scales: dict[str, torch.Tensor]
+    ) -> None:
         super().__init__()
         self.group = group
         self.states = states
@@ -85,7 +87,9 @@ class CompressGroup(torch.nn.Module):
         for state in self.states:
             key, value = remaining.pop(0), remaining.pop(0)
             observed = remaining.pop(0) if state.observe_tokens else None
-            scores = spec.scorer(self._wide(key, state, "k"), self._wide(value, state, "v"), observed, positions)
+            scores = spec.scorer(
+                self._wide(key, state, "k"), self._wide(value, state, "v"), observed, positions
+            )
             slots, kept = choose_tokens(scores, positions, self.group)
             index = slots.unsqueeze(-1).expand(-1, -1, -1, state.storage_width)
             results += [torch.gather(key, 2, index), torch.gather(value, 2, index)]

@@ -19,8 +19,8 @@ PLAIN_GROUP = "full"
 class PositionGroup:
     """Regions whose caches hold the same tokens, and so share one table of key positions.
 
-    `window` 0: every cached token stays visible. Otherwise a token is visible within `window`, among the first
-    `sinks`, or in every `stride`-th block of `block` tokens. `evict`: what is dropped after prefill.
+    `window` 0: every cached token stays visible. Otherwise a token is visible within `window`, among the
+    first `sinks`, or in every `stride`-th block of `block` tokens. `evict`: what is dropped after prefill.
     """
 
     name: str
@@ -88,10 +88,10 @@ class Program:
     """What a backend lowers.
 
     `forward` is the whole-sequence graph. A causal model also has `step`, the same function with its state as
-    inputs and outputs, and `compress` when the plan evicts tokens after prefill. Placeholders of `step`, in order:
-    input_ids [B,T], position_ids [B,T], logit_positions [B,N] (rows whose logits are wanted; negative counts from
-    the end), positions_<group> [B,P+T] for each group, past_key/past_value for each state, observed_<region>
-    for each state that observes. Outputs: logits [B,N,V], then key, value for each state, then observed.
+    inputs and outputs, and `compress` when the plan evicts tokens after prefill. Placeholders of `step`, in
+    order: input_ids [B,T], position_ids [B,T], logit_positions [B,N] (rows whose logits are wanted; negative
+    counts from the end), positions_<group> [B,P+T] for each group, past_key/past_value for each state,
+    observed_<region> for each state that observes. Outputs: logits [B,N,V], then key, value for each state, then observed.
     """
 
     forward: fx.GraphModule

@@ -26,7 +26,12 @@ def assign_groups(regions: list[AttentionRegion]) -> tuple[tuple[PositionGroup, 
         key = (window, region.sinks, region.block, region.stride, region.evict)
         if key not in groups:
             groups[key] = PositionGroup(
-                _group_name(region, groups.values()), window, region.sinks, region.block, region.stride, region.evict
+                _group_name(region, groups.values()),
+                window,
+                region.sinks,
+                region.block,
+                region.stride,
+                region.evict,
             )
         assigned[region.region] = groups[key].name
     return tuple(groups.values()), assigned
@@ -76,10 +81,10 @@ def make_step(program: Program) -> Program:
         _rewire_aranges(graph_module, token_input, positions)
     logit_positions = added.make("logit_positions", None)
     tables = {g.name: added.make(g.input_name, None) for g in groups}
-    past = {s.region: (added.make(s.names().key_in, None), added.make(s.names().value_in, None)) for s in states}
-    observed = {
-        s.region: added.make(str(s.names().observed_in), None) for s in states if s.observe_tokens
+    past = {
+        s.region: (added.make(s.names().key_in, None), added.make(s.names().value_in, None)) for s in states
     }
+    observed = {s.region: added.make(str(s.names().observed_in), None) for s in states if s.observe_tokens}
     outputs: list[fx.Node] = []
     seen: list[fx.Node] = []
     for region, state in zip(regions, states, strict=True):
@@ -102,7 +107,8 @@ def make_step(program: Program) -> Program:
                 )
     output = next(n for n in graph.nodes if n.op == "output")
     flat = output.args[0]
-    assert isinstance(flat, (tuple, list)) and program.logits_index is not None
+    assert isinstance(flat, (tuple, list))
+    assert program.logits_index is not None
     logits = flat[program.logits_index]
     assert isinstance(logits, fx.Node)
     chosen = _select_rows(graph_module, logits, logit_positions)
@@ -196,8 +202,8 @@ _ROW_WISE = {
     torch.ops.aten.native_layer_norm.default,
 }  # fmt: skip
 _ROW_WISE_WITH_SCALAR = {
-    torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor, torch.ops.aten.add.Tensor, torch.ops.aten.mul.Scalar,
-    torch.ops.aten.div.Scalar,
+    torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor, torch.ops.aten.add.Tensor,
+    torch.ops.aten.mul.Scalar, torch.ops.aten.div.Scalar,
 }  # fmt: skip
 
 
@@ -242,4 +248,6 @@ def _is_whole_slice(node: fx.Node) -> bool:
         return False
     start = node.args[2] if len(node.args) > 2 else 0
     end = node.args[3] if len(node.args) > 3 else None
-    return start in (0, None) and (end is None or (isinstance(end, int) and end >= 2**31)) and len(node.args) < 5
+    return (
+        start in (0, None) and (end is None or (isinstance(end, int) and end >= 2**31)) and len(node.args) < 5
+    )

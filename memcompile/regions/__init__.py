@@ -15,5 +15,6 @@ from memcompile.regions.model import ModelFacts, Refusal, TensorSpec
 
 __all__ = [
     "AttentionRegion", "Causal", "EvictSpec", "Mask", "ModelFacts", "Padding", "Refusal", "Runtime", "Scorer",
-    "SlidingWindow", "TensorSpec", "Unmasked", "argument", "attention_nodes", "attention_regions", "read_region",
+    "SlidingWindow", "TensorSpec", "Unmasked", "argument", "attention_nodes", "attention_regions",
+    "read_region",
 ]  # fmt: skip

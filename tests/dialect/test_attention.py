@@ -15,7 +15,9 @@ from memcompile.dialect.cache_codes import dequantize, quantize
 EDGES = (1, 63, 64, 65, 200)
 
 
-def make(tokens: int, heads: int = 4, groups: int = 2, width: int = 8, keys: int | None = None) -> list[torch.Tensor]:
+def make(
+    tokens: int, heads: int = 4, groups: int = 2, width: int = 8, keys: int | None = None
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(tokens)
     sizes = ((heads, tokens), (groups, keys or tokens), (groups, keys or tokens))
     return [torch.randn(2, h, t, width, generator=generator, dtype=torch.float64) for h, t in sizes]
@@ -26,7 +28,7 @@ def one_by_one(
     window: int = 0, sinks: int = 0, block: int = 0, stride: int = 0, softcap: float = 0.0,
 ) -> torch.Tensor:  # fmt: skip
     """Softmax attention by its textbook sum: one query, one head, one key at a time."""
-    batch, heads, tokens, width = q.shape
+    batch, heads, tokens, _ = q.shape
     repeat = heads // k.shape[1]
     out = torch.zeros_like(q)
     total = k.shape[2]
@@ -106,7 +108,13 @@ def test_any_split_equals_the_whole(lengths: list[int], window: int, sinks: int,
     for length in lengths:
         part = [x[:, :, start : start + length] for x in (q, k, v)]
         out, past_k, past_v = attention(
-            *part, past_k, past_v, positions[:, : start + length], None, *scales, **options  # type: ignore[arg-type]
+            *part,
+            past_k,
+            past_v,
+            positions[:, : start + length],
+            None,
+            *scales,
+            **options,  # type: ignore[arg-type]
         )
         pieces.append(out)
         start += length
@@ -132,7 +140,9 @@ def test_a_query_that_sees_nothing_gives_zero() -> None:
 
 def test_extreme_scores_stay_finite() -> None:
     q, k, v = make(5)
-    out, _, _ = attention((q * 1e4).float(), k.float(), v.float(), scale=1.0, positions=torch.arange(5).repeat(2, 1))
+    out, _, _ = attention(
+        (q * 1e4).float(), k.float(), v.float(), scale=1.0, positions=torch.arange(5).repeat(2, 1)
+    )
     assert torch.isfinite(out).all()
 
 

@@ -11,7 +11,7 @@ from memcompile.errors import MemcompileError
 from memcompile.frontend import capture
 from memcompile.frontend.captured import Captured
 from memcompile.regions import attention_regions
-from tests.models import CAUSAL_FAMILIES, FAMILIES, WINDOW_TOKENS, example_inputs, save_tiny, tiny_model
+from tests.models import FAMILIES, WINDOW_TOKENS, example_inputs, save_tiny, tiny_model
 
 HUGGING_FACE = [f for f in FAMILIES if f != "transformer_encoder"]
 
@@ -96,18 +96,18 @@ def test_refuses_what_is_not_there(tmp_path: Path) -> None:
 def test_refuses_what_is_not_a_model(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"not a model")
-    with pytest.raises(MemcompileError, match="MC202.*not a GGUF file"):
+    with pytest.raises(MemcompileError, match=r"MC202.*not a GGUF file"):
         capture(str(file))
-    with pytest.raises(MemcompileError, match="MC202.*no config.json"):
+    with pytest.raises(MemcompileError, match=r"MC202.*no config.json"):
         capture(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(MemcompileError, match="MC202.*not JSON"):
+    with pytest.raises(MemcompileError, match=r"MC202.*not JSON"):
         capture(str(tmp_path))
 
 
 def test_refuses_an_architecture_it_does_not_know(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["NoSuchForCausalLM"], "model_type": "no_such"}')
-    with pytest.raises(MemcompileError, match="MC203.*NoSuchForCausalLM") as caught:
+    with pytest.raises(MemcompileError, match=r"MC203.*NoSuchForCausalLM") as caught:
         capture(str(tmp_path))
     assert caught.value.exit_code == 3
 

@@ -19,7 +19,9 @@ class _ByPosition:
         return positions.unsqueeze(1).float().expand(-1, k.shape[1], -1)
 
 
-def choose(scores: list[list[float]], positions: list[list[int]], **spec: float) -> tuple[list[list[int]], list[int]]:
+def choose(
+    scores: list[list[float]], positions: list[list[int]], **spec: float
+) -> tuple[list[list[int]], list[int]]:
     group = PositionGroup("evict", evict=EvictSpec(_ByPosition(), **spec))  # type: ignore[arg-type]
     slots, kept = choose_tokens(torch.tensor(scores).unsqueeze(1), torch.tensor(positions), group)
     rows = [row[:count] for row, count in zip(slots[:, 0].tolist(), kept.tolist(), strict=True)]

@@ -47,7 +47,7 @@ def test_parameters_are_shared_so_training_one_trains_the_other() -> None:
 
 def test_refuses_inputs_it_was_not_captured_with() -> None:
     rewritten = RewrittenModule(capture(tiny_model("llama")))
-    with pytest.raises(MemcompileError, match="MC205.*unknown.*inputs_embeds") as caught:
+    with pytest.raises(MemcompileError, match=r"MC205.*unknown.*inputs_embeds") as caught:
         rewritten(inputs_embeds=torch.zeros(1, 2, 48))
     assert caught.value.fix
 
