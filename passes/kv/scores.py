@@ -68,9 +68,11 @@ class ObservedAttention:
     def _pooled(self, scores_BHS: torch.Tensor) -> torch.Tensor:
         if self.pool_kernel == 1:
             return scores_BHS
-        pooling = torch.nn.functional.avg_pool1d if self.pool == "avg" else torch.nn.functional.max_pool1d
-        pooled: torch.Tensor = pooling(scores_BHS, self.pool_kernel, stride=1, padding=self.pool_kernel // 2)
-        return pooled
+        # in two dimensions: torch.export fixes the length of what max_pool1d sees
+        pooling = torch.nn.functional.avg_pool2d if self.pool == "avg" else torch.nn.functional.max_pool2d
+        kernel, padding = (1, self.pool_kernel), (0, self.pool_kernel // 2)
+        pooled: torch.Tensor = pooling(scores_BHS.unsqueeze(2), kernel, stride=1, padding=padding)
+        return pooled.squeeze(2)
 
 
 @dataclass(frozen=True, slots=True)

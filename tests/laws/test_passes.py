@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from pydantic import ValidationError
 from torch import fx
 
 from memcompile.errors import MemcompileError
-from memcompile.program import copy_graph
 from memcompile.regions import attention_regions
 from memcompile.rewrite.cards import HEADINGS, card, pass_page
 from memcompile.rewrite.entry import WorkloadSizes
@@ -34,14 +32,9 @@ TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LENGTHS = (1, 63, 64, 65)
 
 
-@cache
-def captured(kv_heads: int, dtype: torch.dtype, causal: bool) -> fx.GraphModule:
-    each = {layer: {"causal": causal} for layer in range(3)}
-    return tiny_graph(kv_heads=kv_heads, dtype=dtype, each=each)
-
-
 def graph(layout: str = "GQA", dtype: str = "float32", causal: bool = True) -> fx.GraphModule:
-    return copy_graph(captured(LAYOUTS[layout], TYPES[dtype], causal))
+    each = {layer: {"causal": causal} for layer in range(3)}
+    return tiny_graph(kv_heads=LAYOUTS[layout], dtype=TYPES[dtype], each=each)
 
 
 def rewrite(graph_module: fx.GraphModule, name: str, config: Any, folder: Path) -> RewriteResult:
@@ -231,7 +224,7 @@ def test_the_smallest_budget_is_predicted_to_hold_less(name: str) -> None:
 
 def test_the_registry_loads_passes_only_when_asked() -> None:
     script = (
-        "import sys; import memcompile.rewrite; from memcompile.rewrite.registry import pass_names;pass_names();"
+        "import sys, memcompile.rewrite; from memcompile.rewrite.registry import pass_names;pass_names();"
         "import memcompile.rewrite.selectors, memcompile.rewrite.entry;"
         "sys.exit('torch' in sys.modules or any('passes' in name for name in sys.modules))"
     )

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 import memcompile.dialect  # noqa: F401  (registers the operators)
 from memcompile.calibrate.collect import CalibrationData, token_windows
+from memcompile.program import copy_graph
 from memcompile.regions import attention_nodes
 from memcompile.rewrite.entry import PassEntry
 from memcompile.rewrite.registry import load_pass
@@ -77,8 +78,26 @@ def tiny_graph(
     masked: bool = False,
     each: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> fx.GraphModule:
-    """A captured graph; `each` gives attributes of single layers. Equal arguments give equal graphs."""
-    attributes = [{"region": str(layer), **(each or {}).get(layer, {})} for layer in range(layers)]
+    """A captured graph; `each` gives attributes of single layers. Graphs made alike share their weights."""
+    key = (heads, kv_heads, head_dim, layers, dtype, masked, repr(each))
+    if key not in _captured:
+        _captured[key] = _capture(heads, kv_heads, head_dim, layers, dtype, masked, each or {})
+    return copy_graph(_captured[key])
+
+
+_captured: dict[tuple[Any, ...], fx.GraphModule] = {}
+
+
+def _capture(
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    layers: int,
+    dtype: torch.dtype,
+    masked: bool,
+    each: Mapping[int, Mapping[str, Any]],
+) -> fx.GraphModule:
+    attributes = [{"region": str(layer), **each.get(layer, {})} for layer in range(layers)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1234)
         model = TinyModel(heads, kv_heads, head_dim, attributes, masked).eval().to(dtype)
