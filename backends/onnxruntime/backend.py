@@ -41,17 +41,17 @@ class OnnxRuntimeBackend:
             )
         chunk = PrefillEntry(CHUNK_TOKENS)
         if program.step is None:
-            progress("forward")
+            progress("lower forward")
             function = _lower_forward(program, destination, device)
             return Lowered({"forward": function}, (), (), chunk, _files(destination))
         interface = step_interface(program, device)
-        progress("step")
+        progress("lower step")
         functions = {"step": _lower_step(program, interface, destination, device)}
         if program.compress is not None:
-            progress("compress")
+            progress("lower compress")
             functions["compress"] = _lower_compress(program, interface, destination)
         if is_plain(interface.states, interface.groups):
-            progress("genai")
+            progress("lower genai")
             write_genai(program.model, interface.states, destination, MODEL, device=device)
         return Lowered(functions, interface.states, interface.groups, chunk, _files(destination))
 

@@ -1,0 +1,95 @@
+"""Every family's tiny model, lowered, gives what the model gives: prefill in chunks, then token by token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from memcompile.backends.torch import TorchSession
+from memcompile.frontend import capture
+from tests.backends.onnxruntime.build import artifact_of, session_of
+from tests.models import CAUSAL_FAMILIES, OTHER_FAMILIES, example_inputs, tiny_model
+
+TOLERANCE = 5e-5  # float32 sums in another order, logits of size 1
+
+
+def _tokens(count: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return [int(t) for t in torch.randint(3, 128, (count,), generator=generator)]
+
+
+@pytest.mark.parametrize("family", CAUSAL_FAMILIES)
+def test_step_agrees_with_the_model_over_chunks_and_single_tokens(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    tokens = _tokens(50)
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens])).logits[0].numpy()
+    _, session = session_of(capture(model), tmp_path / "out")
+    state = session.new_state(1, 41, 9)
+    (logits,) = session.prefill(state, [tokens[:41]], all_logits=True)
+    np.testing.assert_allclose(logits, expected[:41], atol=TOLERANCE)
+    for index in range(41, 50):
+        given = session.decode(state, np.array([tokens[index]]))
+        np.testing.assert_allclose(given[0], expected[index], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_rows_of_different_length_decode_as_they_do_alone(family: str, tmp_path: Path) -> None:
+    program, session = session_of(capture(tiny_model(family)), tmp_path / "out")
+    rows = [_tokens(33, 1), _tokens(5, 2), _tokens(1, 3)]
+    state = session.new_state(3, 33, 4)
+    session.prefill(state, rows)
+    together = [session.decode(state, np.array([7, 8, 9])) for _ in range(4)]
+    judge = TorchSession(program)
+    for index, row in enumerate(rows):
+        alone = judge.new_state(1)
+        judge.prefill(alone, [row])
+        for step in together:
+            np.testing.assert_allclose(
+                step[index], judge.decode(alone, np.array([7 + index]))[0], atol=TOLERANCE
+            )
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_forward_agrees_with_the_model_at_another_batch_size(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    inputs = example_inputs(family, batch=3)
+    if family == "bert":
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"][1, 7:] = 0
+    with torch.no_grad():
+        result = model(**inputs)
+    expected = result if isinstance(result, torch.Tensor) else result[0]
+    captured = capture(model, example_inputs=example_inputs(family) if family == "transformer_encoder" else None)
+    _, session = session_of(captured, tmp_path / "out")
+    got = session.forward({name: value.numpy() for name, value in inputs.items()})
+    first = next(iter(got.values()))
+    keep = inputs["attention_mask"].bool().numpy() if family == "bert" else ...
+    np.testing.assert_allclose(first[keep], expected.numpy()[keep], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "phi3"])
+def test_no_transpose_is_left_around_attention(family: str, tmp_path: Path) -> None:
+    program, _ = session_of(capture(tiny_model(family)), tmp_path / "out")
+    graph = onnx.load(str(tmp_path / "out" / "model.onnx"), load_external_data=False).graph
+    operators = [node.op_type for node in graph.node]
+    assert "Transpose" not in operators and "Reshape" not in operators
+    assert operators.count("GroupQueryAttention") == len(program.states)
+    # two norms a layer; the first has nothing before it to be joined with, the last sees chosen rows only
+    assert operators.count("SkipSimplifiedLayerNormalization") == 2 * len(program.states) - 1
+
+
+def test_weights_stand_once_on_disk_outside_the_graph(tmp_path: Path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    captured = capture(model)
+    from memcompile.program import build_program
+
+    out = artifact_of(build_program(captured), tmp_path / "out")
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert (out / "weights.bin").stat().st_size <= parameters + 4096 * len(list(model.parameters()))
+    external = onnx.load(str(out / "model.onnx"), load_external_data=False).graph.initializer
+    assert all(t.external_data or len(t.raw_data) < 4096 for t in external)

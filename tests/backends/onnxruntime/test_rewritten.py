@@ -1,0 +1,65 @@
+"""Rewritten programs, lowered: windows, eviction and codes run as the torch program does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from memcompile.backends.torch import TorchSession
+from memcompile.frontend import capture
+from memcompile.rewrite.manager import apply
+from tests.backends.onnxruntime.build import session_of
+from tests.models import tiny_model
+from tests.rewrite.tiny import calibration, entry
+
+PLANS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "window and sinks": [("attention.static", {"window_tokens": 8, "sink_tokens": 2})],
+    "blocks of the past": [
+        ("attention.static", {"window_tokens": 8, "sink_tokens": 2, "block_tokens": 4, "stride_blocks": 3})
+    ],
+    "window on one head": [("attention.static", {"window_tokens": 8, "sink_tokens": 2, "heads": [0]})],
+    "evict": [("kv.evict", {"preset": "snapkv", "keep_tokens": 40})],
+    "evict by norm": [("kv.evict", {"preset": "knorm", "keep_fraction": 0.5})],
+    "int8": [("kv.quantize", {"bits": 8})],
+    "int4": [("kv.quantize", {"bits": 4})],
+    "all three": [
+        ("attention.static", {"window_tokens": 8, "sink_tokens": 2, "layers": "every 2"}),
+        ("kv.evict", {"preset": "snapkv", "keep_tokens": 40}),
+        ("kv.quantize", {"bits": 8}),
+    ],
+}
+# a value that lies between two codes may round to the other one
+TOLERANCE = {"int8": 2e-3, "int4": 5e-2, "all three": 5e-3}
+
+
+def _entries(plan: list[tuple[str, dict[str, Any]]]) -> list[Any]:
+    return [entry(name, **config) for name, config in plan]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_artifact_and_torch_program_agree(name: str, tmp_path: Path) -> None:
+    captured = capture(tiny_model("llama", num_hidden_layers=4))
+    apply(captured.graph, _entries(PLANS[name]), calibration=calibration(tmp_path))
+    program, session = session_of(captured, tmp_path / "out")
+    rows = [
+        [int(t) for t in torch.randint(3, 64, (count,), generator=torch.Generator().manual_seed(count))]
+        for count in (70, 45)
+    ]
+    judge = TorchSession(program)
+    expected_state, state = judge.new_state(2, 70, 8), session.new_state(2, 70, 8)
+    expected = judge.prefill(expected_state, rows)
+    got = session.prefill(state, rows)
+    atol = TOLERANCE.get(name, 5e-5)
+    for left, right in zip(got, expected, strict=True):
+        np.testing.assert_allclose(left, right, atol=atol)
+    judge.compress(expected_state)
+    session.compress(state)
+    for token in range(3, 11):
+        tokens = np.array([token, token + 1])
+        np.testing.assert_allclose(
+            session.decode(state, tokens), judge.decode(expected_state, tokens), atol=atol
+        )
