@@ -96,17 +96,25 @@ def report(output: Output, artifact: Path) -> None:
 
 
 def explain_artifact(artifact: Path) -> dict[str, Any]:
-    """What an artifact's manifest says of the passes that made it."""
+    """What an artifact's manifest says of the passes that made it, and of what each cache now keeps."""
     from memcompile.artifact import read_manifest
+    from memcompile.report.document import region_entry
 
     manifest = read_manifest(artifact)
+    refusals = [dict(refusal) for refusal in manifest.refusals]
+    passes = [
+        {
+            "pass": name,
+            "options": options,
+            "refusals": [refusal for refusal in refusals if refusal.get("pass") == name],
+        }
+        for entry in manifest.plan.get("passes", [])
+        for name, options in entry.items()
+    ]
     return {
         "artifact": str(artifact),
-        "passes": [
-            {"pass": name, "matched": [], "refusals": []}
-            for entry in manifest.plan.get("passes", [])
-            for name in entry
-        ],
+        "passes": passes,
         "decisions": list(manifest.decisions),
-        "refusals": list(manifest.refusals),
+        "refusals": [refusal for refusal in refusals if not refusal.get("pass")],
+        "regions": [region_entry(state, manifest.group(state.group)) for state in manifest.states],
     }

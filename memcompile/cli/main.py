@@ -95,12 +95,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")
     flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
     with pure_stdout("--json" in flags) as stream:
+        before = sys.stdout
         output = Output(json="--json" in flags, quiet="--quiet" in flags, stream=stream)
         try:
             return _run(arguments, output)
         except SystemExit as ended:
-            # click ends like this when the reader of a pipe went away; then nothing is left to say
-            return 0 if isinstance(ended.__context__, BrokenPipeError) else int(ended.code or 0)
+            # when the reader of a pipe went away click replaces stdout and exits: nothing is left to say
+            return 0 if sys.stdout is not before else int(ended.code or 0)
         except MemcompileError as error:
             return output.error(error)
         except click.exceptions.NoArgsIsHelpError as error:

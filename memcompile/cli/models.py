@@ -46,7 +46,7 @@ def explain(
 ) -> None:
     """Say what each pass of a plan matched, and give the reason of every refusal.
 
-    With --plan, the passes are run on MODEL and nothing is written. Without, ARTIFACT says what was decided
+    With --plan, the passes are tried on MODEL and nothing is written. Without, ARTIFACT says what was decided
     when it was made.
     """
     from memcompile.cli.tables import print_explanation, print_order
@@ -73,10 +73,10 @@ def explain(
             else:
                 print_order(output.console(), order)
             return
-        from memcompile import pipeline
+        from memcompile.cli.preview import preview
 
         with output.progress() as progress:
-            explanation = pipeline.explain(required(source, plan), plan, progress=progress)
+            explanation = preview(required(source, plan), plan, progress)
     if output.json:
         output.emit(explanation)
     else:

@@ -47,7 +47,8 @@ class Output:
         """A rich console on stdout."""
         from rich.console import Console
 
-        return Console(file=self.stream, highlight=False, soft_wrap=not self.stream.isatty())
+        # a file has no width of its own
+        return Console(file=self.stream, highlight=False, width=None if self.stream.isatty() else 120)
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Progress]:

@@ -12,7 +12,7 @@ from memcompile.cli.optimize import with_model
 from memcompile.cli.output import Output
 from memcompile.cli.starter import GOALS
 from memcompile.errors import MemcompileError
-from memcompile.plan import Plan, load_plan
+from memcompile.plan import load_plan
 
 
 @click.group()
@@ -77,26 +77,25 @@ def init(
 @click.option("--model", help="Check it against this model instead of the plan's model.source.")
 @options.overrides
 @options.common
-def check(output: Output, plan_path: Path, model: str | None, overrides: tuple[str, ...]) -> None:
+def check(output: Output, plan_path: Path, model: str | None, overrides: tuple[str, ...]) -> int:
     """Resolve PLAN and print it in full: presets expanded, overrides applied.
 
     With a model, also what each pass would match and the state bytes that predicts; nothing is calibrated,
-    lowered or run.
+    lowered or run. What would end `optimize` with exit code 4 ends this with 4 as well.
     """
     resolved, source = with_model(load_plan(plan_path, overrides), model)
     payload: dict[str, Any] = {"plan": resolved.resolved(), "model": source}
+    problem: MemcompileError | None = None
     if source is not None:
-        payload |= _against_model(output, source, resolved)
+        from memcompile.cli.preview import first_problem, preview
+
+        with output.progress() as progress:
+            payload |= preview(source, resolved, progress)
+        problem = first_problem(payload)
     if output.json:
-        output.emit(payload)
-        return
-    from memcompile.cli.tables import print_plan
+        output.emit(payload if problem is None else {**payload, "error": problem.as_dict()})
+    else:
+        from memcompile.cli.tables import print_plan
 
-    print_plan(output.console(), resolved, payload)
-
-
-def _against_model(output: Output, source: str, resolved: Plan) -> dict[str, Any]:
-    from memcompile.cli.preview import preview
-
-    with output.progress() as progress:
-        return preview(source, resolved, progress)
+        print_plan(output.console(), resolved, payload)
+    return 0 if problem is None else output.error(problem, told=True)

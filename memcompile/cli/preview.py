@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from memcompile.errors import MemcompileError
 from memcompile.frontend import capture
 from memcompile.plan import Plan
 from memcompile.program import copy_graph
@@ -12,7 +13,7 @@ from memcompile.progress import Progress
 from memcompile.regions import AttentionRegion, Refusal, attention_regions
 from memcompile.rewrite.costs import decode_cost
 from memcompile.rewrite.manager import apply, select
-from memcompile.rewrite.order import ordered
+from memcompile.rewrite.order import Loaded, ordered
 from memcompile.rewrite.pass_ import Context
 from memcompile.rewrite.registry import load_pass
 
@@ -20,8 +21,10 @@ from memcompile.rewrite.registry import load_pass
 def preview(source: str, plan: Plan, progress: Progress) -> dict[str, Any]:
     """The regions each pass would rewrite, its refusals, and the state bytes before and after.
 
+    What would end `optimize` is told in the pass's `problem`, and the other passes are tried all the same.
+
     Raises:
-        MemcompileError: MC2xx, the model; MC301, a selector matches nothing; MC109, passes contradict.
+        MemcompileError: MC2xx, the model is not understood; MC109, passes contradict each other.
     """
     progress.stage("capture the model")
     captured = capture(source, dtype=plan.model.dtype)
@@ -29,39 +32,84 @@ def preview(source: str, plan: Plan, progress: Progress) -> dict[str, Any]:
     before = _state_bytes(attention_regions(graph), {}, plan)
     predicted: dict[str, int] = {}
     tried = []
-    for entry, rewrite_pass in ordered([(e, load_pass(e.name, where=e.where or None)) for e in plan.passes]):
-        progress.stage(entry.name)
-        matched: list[str] = []
-        refusals: list[Refusal] = []
-        for region, heads in select(graph, entry, rewrite_pass):
-            if isinstance(heads, str):
-                refusals.append(rewrite_pass.refuse(region, f"heads {entry.heads}: the layer {heads}"))
-                continue
-            facts = rewrite_pass.check(region, entry.config, Context(heads, plan.workload))
-            if isinstance(facts, Refusal):
-                refusals.append(facts)
-                continue
-            matched.append(region.region)
-            predicted[region.region] = rewrite_pass.cost(region, facts, plan.workload).state_bytes
-        # what needs calibration cannot be written yet; the rest is, so that later passes see it
-        if matched and not rewrite_pass.needs_calibration(entry.config):
-            apply(graph, [entry], workload=plan.workload, strict=False)
-        tried.append(
-            {
-                "pass": entry.name,
-                "where": entry.where,
-                "matched": matched,
-                "expect": entry.expect,
-                "idle": rewrite_pass.changes_nothing(entry.config, plan.workload),
-                "refusals": [{"where": refusal.where, "reason": refusal.reason} for refusal in refusals],
-            }
-        )
+    loaded: list[Loaded] = [
+        (entry, load_pass(entry.name, where=entry.where or None)) for entry in plan.passes
+    ]
+    for one in ordered(loaded):
+        progress.stage(one[0].name)
+        found, state_bytes = _try(graph, one, plan)
+        predicted |= state_bytes
+        tried.append(found)
     after = _state_bytes(attention_regions(graph), predicted, plan)
     return {
         "passes": tried,
         "refusals": [{"where": refusal.where, "reason": refusal.reason} for refusal in captured.refusals],
         "state_bytes": {"original": before, "rewritten": after} if captured.model.causal else None,
     }
+
+
+def first_problem(previewed: dict[str, Any]) -> MemcompileError | None:
+    """The error that `optimize` would end with, as far as a preview can tell."""
+    for entry in previewed["passes"]:
+        if (problem := entry["problem"]) is not None:
+            return MemcompileError(
+                problem["code"], problem["message"], where=problem["where"], fix=problem["fix"]
+            )
+    return None
+
+
+def _try(graph: Any, one: Loaded, plan: Plan) -> tuple[dict[str, Any], dict[str, int]]:
+    """Check one pass on the graph, and rewrite it if that needs no calibration."""
+    entry, rewrite_pass = one
+    matched: dict[str, int] = {}
+    refusals: list[Refusal] = []
+    problem: MemcompileError | None = None
+    try:
+        selected = select(graph, entry, rewrite_pass)
+    except MemcompileError as error:
+        selected, problem = [], error
+    for region, heads in selected:
+        if isinstance(heads, str):
+            refusals.append(rewrite_pass.refuse(region, f"heads {entry.heads}: the layer {heads}"))
+            continue
+        facts = rewrite_pass.check(region, entry.config, Context(heads, plan.workload))
+        if isinstance(facts, Refusal):
+            refusals.append(facts)
+        else:
+            matched[region.region] = rewrite_pass.cost(region, facts, plan.workload).state_bytes
+    # what needs calibration cannot be written yet; the rest is, so that later passes see it
+    if matched and not rewrite_pass.needs_calibration(entry.config):
+        apply(graph, [entry], workload=plan.workload, strict=False)
+    problem = problem or _problem(one, plan, len(matched), refusals)
+    told = {
+        "pass": entry.name,
+        "where": entry.where,
+        "matched": list(matched),
+        "expect": entry.expect,
+        "refusals": [{"where": refusal.where, "reason": refusal.reason} for refusal in refusals],
+        # for a selector that matched nothing, the fix has the nearest names
+        "nearest": problem.fix if problem is not None and problem.code == "MC301" else None,
+        "problem": None if problem is None else problem.as_dict(),
+    }
+    return told, matched
+
+
+def _problem(one: Loaded, plan: Plan, matched: int, refusals: Sequence[Refusal]) -> MemcompileError | None:
+    entry, rewrite_pass = one
+    if (idle := rewrite_pass.changes_nothing(entry.config, plan.workload)) is not None:
+        fix = "lower the budget, raise the workload's sizes, or leave the pass out"
+        return MemcompileError("MC305", f"{entry.name}: {idle}", where=entry.where, fix=fix)
+    if not matched:
+        why = refusals[0].reason if refusals else "the model has no region that was recognised"
+        fix = "change layers:, or leave the pass out"
+        return MemcompileError(
+            "MC303", f"{entry.name}: refused everywhere: {why}", where=entry.where, fix=fix
+        )
+    if entry.expect is not None and matched < entry.expect:
+        message = f"{entry.name}: expect is {entry.expect}, and {matched} regions would be rewritten"
+        fix = f"select more layers, or set expect: {matched}"
+        return MemcompileError("MC302", message, where=entry.where, fix=fix)
+    return None
 
 
 def _state_bytes(regions: Sequence[AttentionRegion], predicted: dict[str, int], plan: Plan) -> int:

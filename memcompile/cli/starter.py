@@ -60,7 +60,7 @@ def _describe(inspected: Mapping[str, Any]) -> str:
         f"{sum(region['mask'] == mask for region in regions)} {mask}"
         for mask in dict.fromkeys(region["mask"] for region in regions)
     )
-    size = f"{inspected['parameters'] / 1e6:,.1f} M parameters"
+    size = f"{inspected['parameters']:,} parameters"
     return f"{size}, {len(regions)} attention regions ({masks or 'none'})."
 
 

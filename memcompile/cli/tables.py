@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final
 
@@ -15,15 +15,12 @@ from memcompile.plan import Plan
 from memcompile.plan.units import format_bytes
 
 Json = Mapping[str, Any]
-METRICS: Final[dict[str, tuple[str, Callable[[float], str]]]] = {
-    "perplexity": ("perplexity", lambda value: f"{value:.3f}"),
-    "kl": ("KL to the original, nats", lambda value: f"{value:.4f}"),
-    "passkey_accuracy": ("passkey accuracy", lambda value: f"{value:.0%}"),
-    "prefill_seconds": ("time to first token", lambda value: f"{value:.2f} s"),
-    "decode_seconds_per_token": ("time per token", lambda value: f"{value * 1000:.2f} ms"),
-    "peak_memory_bytes": ("peak memory", format_bytes),
-    "state_bytes": ("state", format_bytes),
-}
+COSTS: Final[tuple[tuple[str, str], ...]] = (
+    ("prefill_seconds", "time to first token"),
+    ("decode_seconds_per_token", "time per token"),
+    ("peak_memory_bytes", "peak memory"),
+    ("state_bytes", "state"),
+)
 
 
 def print_inspection(console: Console, found: Json) -> None:
@@ -69,23 +66,29 @@ def print_refusals(console: Console, refusals: Iterable[Json], indent: str = "")
 def print_explanation(console: Console, explanation: Json) -> None:
     """What each pass matched, and why it refused the rest."""
     for entry in explanation["passes"]:
-        where = f" [dim]{escape(str(entry['where']))}[/dim]" if entry.get("where") else ""
-        # `explain` rewrites, `plan check` only tries
-        matched = entry.get("matched", entry.get("rewritten", ()))
-        shown = _ranges(matched) if matched else "nothing"
-        console.print(f"[bold]{entry['pass']}[/bold]{where}: matches {escape(shown)}")
+        console.print(f"[bold]{entry['pass']}[/bold]{_place(entry)}: {escape(_matched(entry))}")
+        if problem := entry.get("problem"):
+            console.print(f"  [red]{escape(problem['message'])}[/red]; {escape(problem['fix'])}")
         print_refusals(console, entry["refusals"], indent="  ")
-        expected = entry.get("expect")
-        if expected is not None and len(matched) < expected:
-            console.print(f"  [red]expects {expected}[/red]")
-        if idle := entry.get("idle"):
-            console.print(f"  [red]changes nothing[/red]: {escape(idle)}")
     if not explanation["passes"]:
         console.print("the plan has no passes: the model is compiled as it is")
     for decision in explanation.get("decisions", ()):
         console.print(f"decided: {escape(_sentence(decision))}")
-    print_refusals(console, explanation.get("capture_refusals", explanation.get("refusals", ())))
+    print_refusals(console, explanation["refusals"])
+    for region in explanation.get("regions", ()):
+        console.print(f"region {escape(str(region['region']))}: {escape(str(region['summary']))}")
     print_state_bytes(console, explanation.get("state_bytes"))
+
+
+def _place(entry: Json) -> str:
+    return f" [dim]{escape(str(entry['where']))}[/dim]" if entry.get("where") else ""
+
+
+def _matched(entry: Json) -> str:
+    """What a pass would rewrite; an artifact only knows the options it was made with."""
+    if "options" in entry:
+        return ", ".join(f"{key} {value}" for key, value in entry["options"].items() if value is not None)
+    return f"matches {_ranges(entry['matched']) if entry['matched'] else 'nothing'}"
 
 
 def print_order(console: Console, order: Json) -> None:
@@ -106,9 +109,11 @@ def print_plan(console: Console, plan: Plan, payload: Json) -> None:
     from ruamel.yaml import YAML
 
     text = io.StringIO()
-    YAML(typ="safe", pure=True).dump(_without_none(payload["plan"]), text)
+    yaml = YAML(pure=True)
+    yaml.width = 10_000
+    yaml.dump(_without_none(payload["plan"]), text)
     console.print(f"[dim]# {escape(plan.name)}, resolved[/dim]")
-    console.print(escape(text.getvalue().rstrip()))
+    console.print(text.getvalue().rstrip(), markup=False, soft_wrap=True)
     if "passes" in payload:
         console.print()
         print_explanation(console, payload)
@@ -129,12 +134,18 @@ def print_state_bytes(console: Console, state_bytes: Json | None) -> None:
 
 def print_bench(console: Console, measured: Json) -> None:
     """One row a prompt length."""
-    table = _table("prompt tokens", "time to first token", "time per token", "peak memory", "state")
-    keys = ("prefill_seconds", "decode_seconds_per_token", "peak_memory_bytes", "state_bytes")
+    table = _table("prompt tokens", *(title for _, title in COSTS))
     for row in measured["lengths"]:
-        cells = ("" if row.get(key) is None else METRICS[key][1](row[key]) for key in keys)
-        table.add_row(f"{row['prompt_tokens']:,}", *cells)
+        table.add_row(f"{row['prompt_tokens']:,}", *(_amount(key, row.get(key)) for key, _ in COSTS))
     console.print(table)
+
+
+def _amount(key: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if key.endswith("_bytes"):
+        return format_bytes(value)
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.3g} ms"
 
 
 def print_methods(console: Console, methods: Iterable[Json]) -> None:
