@@ -16,14 +16,11 @@ from torch.utils import _pytree as pytree
 import memcompile.dialect  # noqa: F401  (registers the operators)
 from memcompile.frontend.normalise import normalise
 from memcompile.frontend.recognise.axes import Atom, Axis, Untraceable
-from memcompile.frontend.recognise.emit import PRIMES, Emitter, coalesce, fake_mode_of, product
+from memcompile.frontend.recognise.emit import Emitter, coalesce, fake_mode_of, product
 from memcompile.frontend.recognise.evaluate import (
     Sizes,
     Unevaluable,
-    batch_and_tokens,
-    expression,
     shape_of,
-    symbols_of,
 )
 from memcompile.frontend.recognise.fingerprint import Fingerprints
 from memcompile.frontend.recognise.layout import Arrangement, Operand, arrange
@@ -103,10 +100,8 @@ class _Rewriter:
         self.probes = probes
         self.graph = probes.graph_module.graph
         self.mode = fake_mode_of(self.graph)
-        symbols = list(symbols_of(self.graph))
-        self.sizes: Sizes = dict(zip(symbols, PRIMES, strict=False))
-        batch, _ = batch_and_tokens(self.graph)
-        self.batch_size = self.sizes.get(batch) if batch is not None else None
+        self.sizes: Sizes = probes.primes()
+        self.batch_size = self.sizes[probes.batch[0]] if probes.batch else None
         self.fingerprints = Fingerprints(probes.graph_module)
         self.verdicts: dict[int, Verdict | Refused] = {}
         self.positions: dict[tuple[fx.Node, int, bool], fx.Node] = {}
@@ -178,7 +173,7 @@ class _Rewriter:
         if isinstance(match, Fused):
             width = product(found.q.width)
             scale, softcap = (1.0 / math.sqrt(width) if match.scale is None else match.scale), 0.0
-            if match.causal and expression(queries) != expression(keys):
+            if match.causal and not self.probes.same(queries, keys):
                 raise Refused("is_causal with fewer queries than keys hides the newest keys, not the future")
         else:
             scale, softcap = scale_and_softcap(match, self.probes)

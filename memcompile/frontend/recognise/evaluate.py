@@ -60,18 +60,34 @@ def _bounded(limit: Any) -> int:
     return int(limit) if getattr(limit, "is_Integer", isinstance(limit, int)) else 1 << 30
 
 
-def batch_and_tokens(graph: fx.Graph) -> tuple[sympy.Symbol | None, list[sympy.Symbol]]:
-    """The symbol of the batch (the first axis most inputs share) and the other symbols."""
-    symbols = list(symbols_of(graph))
-    first: dict[sympy.Symbol, int] = {}
+def ties_of(graph: fx.Graph) -> dict[sympy.Symbol, sympy.Symbol]:
+    """Symbols that are one size in truth: a fused attention needs its mask to fit, though the export did not note it."""
+    ties: dict[sympy.Symbol, sympy.Symbol] = {}
     for node in graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder" and isinstance(value, torch.Tensor) and value.ndim > 1:
-            leading = expression(value.shape[0])
-            if isinstance(leading, sympy.Symbol):
-                first[leading] = first.get(leading, 0) + 1
-    batch = max(first, key=lambda s: first[s]) if first else None
-    return batch, [s for s in symbols if s != batch]
+        if node.op != "call_function" or node.target is not aten.scaled_dot_product_attention.default:
+            continue
+        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        values = [n.meta.get("val") for n in (node.args[0], node.args[1], mask) if isinstance(n, fx.Node)]
+        if len(values) != 3 or not all(isinstance(v, torch.Tensor) for v in values):
+            continue
+        q, k, m = values
+        scores = (*q.shape[:-1], k.shape[-2])
+        for have, wanted in zip(reversed(m.shape), reversed(scores), strict=False):
+            one, other = expression(have), expression(wanted)
+            if isinstance(one, sympy.Symbol) and isinstance(other, sympy.Symbol) and one != other:
+                ties[one] = ties.get(other, other)
+    return ties
+
+
+def batch_and_tokens(graph: fx.Graph) -> tuple[list[sympy.Symbol], list[sympy.Symbol]]:
+    """The symbols of the inputs' first axes, and all others."""
+    batch = dict.fromkeys(
+        leading
+        for node in graph.nodes
+        if node.op == "placeholder" and isinstance(value := node.meta.get("val"), torch.Tensor) and value.ndim > 1
+        and isinstance(leading := expression(value.shape[0]), sympy.Symbol)
+    )  # fmt: skip
+    return list(batch), [s for s in symbols_of(graph) if s not in batch]
 
 
 def resize(probe: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

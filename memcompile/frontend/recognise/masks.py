@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import fx
 
+from memcompile.frontend.recognise.emit import PRIMES
 from memcompile.frontend.recognise.evaluate import (
     Evaluator,
     Unevaluable,
@@ -20,6 +21,7 @@ from memcompile.frontend.recognise.evaluate import (
     shape_of,
     sized,
     symbols_of,
+    ties_of,
     widen,
 )
 
@@ -48,28 +50,47 @@ class MaskFacts:
     why: str = ""
 
 
-@dataclass(frozen=True, slots=True)
 class Probes:
     """The model's inputs, to evaluate parts of its graph at any size."""
 
-    graph_module: fx.GraphModule
-    inputs: Mapping[str, torch.Tensor]
+    def __init__(self, graph_module: fx.GraphModule, inputs: Mapping[str, torch.Tensor]) -> None:
+        self.graph_module = graph_module
+        self.inputs = inputs
+        self.limits = symbols_of(graph_module.graph)
+        self.ties = ties_of(graph_module.graph)
+        batch, tokens = batch_and_tokens(graph_module.graph)
+        self.batch = [s for s in batch if s not in self.ties]
+        self.tokens = [s for s in tokens if s not in self.ties]
 
     def sizes(self, tokens: int, batch: int) -> dict[sympy.Symbol, int]:
-        """Sizes of every symbol: `tokens` for the first symbol that is not the batch, two more for each other."""
-        limits = symbols_of(self.graph_module.graph)
-        first, others = batch_and_tokens(self.graph_module.graph)
-        chosen = {symbol: tokens + 2 * index for index, symbol in enumerate(others)}
-        if first is not None:
-            chosen[first] = batch
-        return {s: min(max(n, limits[s][0]), limits[s][1]) for s, n in chosen.items()}
+        """Sizes of every symbol: `tokens` for the first that is no batch, two more for each other."""
+        chosen = {symbol: tokens + 2 * index for index, symbol in enumerate(self.tokens)}
+        chosen |= dict.fromkeys(self.batch, batch)
+        sizes = {s: min(max(n, self.limits[s][0]), self.limits[s][1]) for s, n in chosen.items()}
+        return sizes | {one: sizes[other] for one, other in self.ties.items() if other in sizes}
+
+    def primes(self) -> dict[sympy.Symbol, int]:
+        """A different prime for every size: equal numbers are then equal sizes, and factors can be told apart."""
+        free = [s for s in self.limits if s not in self.ties]
+        primes = dict(zip(free, PRIMES, strict=False))
+        return primes | {one: primes[other] for one, other in self.ties.items() if other in primes}
+
+    def same(self, one: Any, other: Any) -> bool:
+        """Whether two sizes are the same size."""
+        left, right = (expression(size).subs(self.ties) for size in (one, other))
+        return bool(left == right)
+
+    @property
+    def token_limit(self) -> int:
+        """The most tokens that the capture allows."""
+        return min((self.limits[s][1] for s in self.tokens), default=1)
 
     def evaluator(self, sizes: Mapping[sympy.Symbol, int], known: Mapping[fx.Node, Any] | None = None) -> Evaluator:
         return Evaluator(self.graph_module, sizes, self.inputs, known)
 
     @property
     def is_static(self) -> bool:
-        return not batch_and_tokens(self.graph_module.graph)[1]
+        return not self.tokens
 
 
 def data_of(probes: Probes, mask: fx.Node) -> tuple[list[fx.Node], list[str]]:
@@ -98,7 +119,7 @@ def prove(probes: Probes, mask: fx.Node, queries: Any, keys: Any) -> MaskFacts:
         return MaskFacts(runtime=True, why=f"the mask depends on {others[0]}")
     if not inputs:
         return prove_constant(probes, mask, queries, keys)
-    if len(inputs) == 1 and _is_padding_shape(inputs[0], keys):
+    if len(inputs) == 1 and _is_padding_shape(probes, inputs[0], keys):
         found = _prove_padding(probes, mask, inputs[0], queries, keys)
         if found is not None:
             return found
@@ -114,7 +135,7 @@ def prove_constant(
     filled: nodes to replace by one value everywhere.
     """
     constants = _constants(probes, mask)
-    limit = _token_limit(probes)
+    limit = probes.token_limit
     beyond = [c for c in constants if _LONGEST < c < limit]
     if beyond:
         return MaskFacts(runtime=True, why=f"the mask may change after {beyond[0]} tokens, too long to evaluate")
@@ -195,12 +216,6 @@ def _lengths(constants: Sequence[int], limit: int, static: bool) -> list[int]:
     return sorted(n for n in wanted if n <= limit)
 
 
-def _token_limit(probes: Probes) -> int:
-    limits = symbols_of(probes.graph_module.graph)
-    _, others = batch_and_tokens(probes.graph_module.graph)
-    return min((limits[s][1] for s in others), default=1)
-
-
 def _constants(probes: Probes, mask: fx.Node) -> list[int]:
     """Every number in the mask's making that could be a length: arguments, and sizes and values of buffers."""
     found: set[int] = set()
@@ -229,11 +244,11 @@ def _constants(probes: Probes, mask: fx.Node) -> list[int]:
     return sorted(n for n in found if n > 1)
 
 
-def _is_padding_shape(node: fx.Node, keys: Any) -> bool:
+def _is_padding_shape(probes: Probes, node: fx.Node, keys: Any) -> bool:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.ndim != 2:
         return False
-    return bool(expression(value.shape[1]) == expression(keys))
+    return probes.same(value.shape[1], keys)
 
 
 def _prove_padding(probes: Probes, mask: fx.Node, keep: fx.Node, queries: Any, keys: Any) -> MaskFacts | None:
@@ -257,8 +272,12 @@ def _hides_marked(probes: Probes, mask: fx.Node, facts: MaskFacts, length: int, 
     if visible is None:
         return False
     named = named_mask(facts.causal, facts.window, sized(queries, sizes), sized(keys, sizes))
-    # [B,1,T,S] against anything that broadcasts to [B,H,T,S]
-    return bool((visible == (named & kept.unsqueeze(1).unsqueeze(1))).all())
+    wanted = named & kept.unsqueeze(1).unsqueeze(1)
+    try:
+        # [B,1,T,S] against anything that broadcasts to [B,H,T,S]
+        return bool((visible == wanted).all())
+    except RuntimeError:
+        return False
 
 
 def random_marks(

@@ -11,8 +11,8 @@ from torch import fx
 from memcompile.frontend.normalise import normalise
 from memcompile.frontend.recognise.attention import make_probes, module_path
 from memcompile.frontend.recognise.axes import Untraceable
-from memcompile.frontend.recognise.emit import PRIMES, Emitter, fake_mode_of
-from memcompile.frontend.recognise.evaluate import Unevaluable, symbols_of
+from memcompile.frontend.recognise.emit import Emitter, fake_mode_of
+from memcompile.frontend.recognise.evaluate import Unevaluable
 from memcompile.frontend.recognise.fingerprint import Fingerprints
 from memcompile.frontend.recognise.match import Refused
 from memcompile.frontend.recognise.verify import verify_nodes
@@ -38,7 +38,7 @@ def replace_all(graph_module: fx.GraphModule, find: Callable[[fx.Graph, fx.Node]
     graph = graph_module.graph
     probes = make_probes(graph_module, ())
     mode = fake_mode_of(graph)
-    sizes = dict(zip(symbols_of(graph), PRIMES, strict=False))
+    sizes = probes.primes()
     fingerprints = Fingerprints(graph_module)
     accepted: dict[int, bool] = {}
     count = 0
