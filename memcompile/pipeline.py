@@ -185,7 +185,7 @@ def write_artifact(compiled: Compiled, plan: Plan, folder: Path, progress: Progr
     """Lower a program into `folder`, with its tokenizer; gives the manifest to seal it with."""
     backend = get_backend(plan.target.backend)
     captured = compiled.captured
-    lowered = backend.lower(compiled.program, folder, device=plan.target.device, progress=progress)
+    lowered = backend.lower(compiled.program, folder, device=plan.target.device, progress=progress.stage)
     tokenizer = write_tokenizer(captured.tokenizer, folder, captured.model.eos_token_ids)
     result = compiled.rewrite
     refusals = [*captured.refusals, *result.refusals]

@@ -62,7 +62,7 @@ class TorchSession:
     def step(
         self, state: TorchState, tokens: torch.Tensor, valid: torch.Tensor, rows: torch.Tensor
     ) -> torch.Tensor:
-        """One call of the step graph: tokens [B,T], valid bool [B,T] (valid first), rows [B,N]; gives [B,N,V]."""
+        """One call of the step graph: tokens [B,T], valid [B,T] (valid first), rows [B,N]; gives logits."""
         positions = torch.where(valid, state.lengths.unsqueeze(1) + torch.arange(tokens.shape[1]), -1)
         tables = {name: torch.cat((table, positions), dim=1) for name, table in state.tables.items()}
         arguments: list[torch.Tensor] = [tokens, positions.clamp(min=0), rows]

@@ -16,7 +16,7 @@ def rotary_definition(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
 
 @torch.library.custom_op("memcompile::rotary", mutates_args=())
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the channel pairs (i, i + D/2) of `x` [B,H,T,D] by the angles behind cos and sin [B or 1,T,D]."""
+    """Rotate the channel pairs (i, i + D/2) of `x` by the angles behind cos and sin."""
     return rotary_definition(x, cos, sin)
 
 
