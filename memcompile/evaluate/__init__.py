@@ -4,6 +4,7 @@ from memcompile.evaluate.evaluation import Evaluation, evaluate
 from memcompile.evaluate.gates import GateResult, check, raise_for_gates
 from memcompile.evaluate.metrics import METRIC_NAMES, Metrics
 from memcompile.evaluate.settings import EvaluationSettings
+from memcompile.evaluate.texts import read_text
 
 __all__ = [
     "METRIC_NAMES",
@@ -14,4 +15,5 @@ __all__ = [
     "check",
     "evaluate",
     "raise_for_gates",
+    "read_text",
 ]

@@ -10,6 +10,7 @@ from typing import Any, Final
 from memcompile.errors import MemcompileError
 from memcompile.evaluate.evaluation import Evaluation
 from memcompile.evaluate.metrics import Metrics
+from memcompile.evaluate.units import format_bytes, format_number, format_percent, format_ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,27 +65,6 @@ class Rule:
         return got >= wanted if self.at_least else got <= wanted
 
 
-def format_bytes(value: float) -> str:
-    """Return bytes with the binary unit that keeps them readable: 24.0 MiB."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(value) < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"
-
-
-def _percent(value: float) -> str:
-    return f"{value * 100:.3g}%"
-
-
-def _ratio(value: float) -> str:
-    return f"{value:.2f}x"
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}"
-
-
 def _of_rewritten(name: str) -> Callable[[Evaluation], float | None]:
     def value(evaluation: Evaluation) -> float | None:
         found: float | None = getattr(evaluation.rewritten, name)
@@ -119,15 +99,17 @@ def _speedup(before: float, after: float) -> float:
 
 RULES: Final[dict[tuple[str, str], Rule]] = {
     ("perplexity", "max_increase"): Rule(
-        _against_original("perplexity", _increase), False, _percent, "increase"
+        _against_original("perplexity", _increase), False, format_percent, "increase"
     ),
-    ("perplexity", "max"): Rule(_of_rewritten("perplexity"), False, _number),
-    ("kl", "max"): Rule(_of_rewritten("kl"), False, _number, "nats"),
-    ("passkey", "min_accuracy"): Rule(_of_rewritten("passkey_accuracy"), True, _percent, "accuracy"),
+    ("perplexity", "max"): Rule(_of_rewritten("perplexity"), False, format_number),
+    ("kl", "max"): Rule(_of_rewritten("kl"), False, format_number, "nats"),
+    ("passkey", "min_accuracy"): Rule(_of_rewritten("passkey_accuracy"), True, format_percent, "accuracy"),
     ("state_bytes", "max"): Rule(_of_rewritten("state_bytes"), False, format_bytes),
     ("peak_memory", "max"): Rule(_of_rewritten("peak_memory_bytes"), False, format_bytes),
-    ("prefill_speedup", "min"): Rule(_against_original("prefill_seconds", _speedup), True, _ratio),
-    ("decode_speedup", "min"): Rule(_against_original("decode_seconds_per_token", _speedup), True, _ratio),
+    ("prefill_speedup", "min"): Rule(_against_original("prefill_seconds", _speedup), True, format_ratio),
+    ("decode_speedup", "min"): Rule(
+        _against_original("decode_seconds_per_token", _speedup), True, format_ratio
+    ),
 }
 """Every limit a plan may set, by gate and key."""
 

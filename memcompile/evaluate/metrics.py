@@ -49,6 +49,7 @@ class Metrics:
     nll_sum: float | None = None
     nll_stderr: float | None = None
     scored_tokens: int = 0
+    windows: int = 0
     kl_p99: float | None = None
     top1_agreement: float | None = None
     output_difference: float | None = None
@@ -108,6 +109,7 @@ def perplexity_metrics(result: dict[str, Any]) -> dict[str, Any]:
         "nll_sum": summary.nll_sum,
         "nll_stderr": summary.nll_stderr,
         "scored_tokens": summary.count,
+        "windows": result["windows"],
         "token_losses": tuple(result["losses"]),
     }
     if result.get("kl"):

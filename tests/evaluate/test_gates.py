@@ -10,7 +10,8 @@ import pytest
 
 from memcompile.errors import MemcompileError
 from memcompile.evaluate import Evaluation, EvaluationSettings, Metrics, check, raise_for_gates
-from memcompile.evaluate.gates import RULES, format_bytes
+from memcompile.evaluate.gates import RULES
+from memcompile.evaluate.units import format_bytes, format_ratio, format_seconds
 
 
 def _evaluation(original: dict[str, Any] | None = None, **rewritten: Any) -> Evaluation:
@@ -148,3 +149,15 @@ def test_an_unknown_gate_is_refused_with_the_known_ones() -> None:
 )
 def test_bytes_are_written_in_binary_units(value: int, text: str) -> None:
     assert format_bytes(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0 s"), (4.5e-5, "45 us"), (0.12, "120 ms"), (6.314, "6.31 s"), (203.4, "203 s")]
+)
+def test_durations_keep_three_digits(value: float, text: str) -> None:
+    assert format_seconds(value) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(1.5, "1.50x"), (0.048, "0.048x")])
+def test_ratios_keep_two_digits(value: float, text: str) -> None:
+    assert format_ratio(value) == text
