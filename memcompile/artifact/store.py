@@ -76,7 +76,7 @@ def open_artifact(path: str | os.PathLike[str], *, check_digests: bool = True) -
 def _inside(directory: Path, name: str) -> Path:
     """The path of `name` in the artifact, refused (MC504) if it leads or links out of it."""
     pure = PurePosixPath(name)
-    bad = not name or "\0" in name or "\\" in name or pure.is_absolute() or ":" in pure.parts[0]
+    bad = not pure.parts or "\0" in name or "\\" in name or pure.is_absolute() or ":" in pure.parts[0]
     if bad or ".." in pure.parts or str(pure) != name:
         raise _escape(directory, name, "it is not a plain relative path")
     path = directory

@@ -17,6 +17,12 @@ from memcompile.runtime.cache import DECODING, State
 Logits = NDArray[np.float32]
 
 
+def logits_width(manifest: Manifest) -> int:
+    """Logits a position: the graph may have more than the tokenizer has tokens."""
+    width = manifest.functions["step"].outputs[0].dims[-1]
+    return width if isinstance(width, int) else manifest.model.vocab_size
+
+
 class StepBinding:
     """Calls of `step` on one state: `feed` a row's tokens, or `decode` one token of every row.
 
@@ -31,7 +37,7 @@ class StepBinding:
         self._inputs = {tensor.name: tensor.dtype for tensor in step.inputs}
         self._logits = step.outputs[0].name
         self._groups = manifest.groups
-        self._vocab = manifest.model.vocab_size
+        self._vocab = logits_width(manifest)
         self._bound: tuple[int | None, int] | None = None
         self._binding: Any = None
         self._held: dict[str, Any] = {}

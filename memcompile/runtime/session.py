@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from memcompile.artifact import Artifact, FunctionEntry, Manifest
 from memcompile.errors import MemcompileError
-from memcompile.runtime.binding import StepBinding
+from memcompile.runtime.binding import StepBinding, logits_width
 from memcompile.runtime.cache import NEW, PREFILLED, State
 from memcompile.runtime.forward import check_feeds
 from memcompile.runtime.generate import Generation, OnToken, generate
@@ -149,7 +149,7 @@ class Session:
         self._check_positions(int(state.lengths[0]) + len(tokens))
         state.count_new(len(tokens))
         logits = self._feed(state, 0, np.asarray(tokens, np.int64), True, on_logits)
-        return np.zeros((0, self.manifest.model.vocab_size), np.float32) if logits is None else logits
+        return np.zeros((0, logits_width(self.manifest)), np.float32) if logits is None else logits
 
     def generate(
         self,
@@ -187,7 +187,7 @@ class Session:
         self, state: State, row: int, tokens: NDArray[np.int64], all_logits: bool, on_logits: OnLogits | None
     ) -> Logits | None:
         """Run a row's tokens in chunks; logits of all, or of the last (None when they went elsewhere)."""
-        vocab = self.manifest.model.vocab_size
+        vocab = logits_width(self.manifest)
         keep = all_logits and on_logits is None
         logits: Logits = np.empty((len(tokens) if keep else 1, vocab), np.float32)
         start = 0

@@ -23,7 +23,7 @@ CASES = {
 
 
 def kept_positions(before: list[Array], state: State) -> dict[int, Array]:
-    """Which of the prompt's keys each evicted layer holds now, by looking for them: {layer: [prompt, [G,n]]}."""
+    """Which of the prompt's keys each evicted layer holds now: {layer: positions [G,n]}, found by value."""
     found = {}
     for layer, (old, caches) in enumerate(zip(before, state.caches, strict=True)):
         group: GroupEntry = state.manifest.group(caches.entry.group)
@@ -66,7 +66,9 @@ def test_rows_of_different_lengths_are_compressed_as_alone(open_tiny: OpenTiny) 
     state = session.new_state(3, 50, 10)
     session.prefill(state, [row[:n] for row, n in zip(rows, prompts, strict=True)])
     session.compress(state)
-    got = np.stack([session.decode(state, [r[n + i] for r, n in zip(rows, prompts, strict=True)]) for i in range(9)])
+    got = np.stack(
+        [session.decode(state, [r[n + i] for r, n in zip(rows, prompts, strict=True)]) for i in range(9)]
+    )
     for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
         alone = session.new_state(1, prompt, 10)
         session.prefill(alone, [row[:prompt]])

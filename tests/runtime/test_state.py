@@ -94,7 +94,9 @@ def test_more_tokens_than_the_state_was_made_for_are_refused(open_tiny: OpenTiny
     state = session.new_state(1, 5, 2)
     session.prefill(state, [[1, 2, 3]])
     session.extend(state, [4, 5])
-    with pytest.raises(MemcompileError, match="MC120 the state was made for 2 new tokens: 2 were taken, 1 more"):
+    with pytest.raises(
+        MemcompileError, match="MC120 the state was made for 2 new tokens: 2 were taken, 1 more"
+    ):
         session.decode(state, [6])
 
 
