@@ -175,7 +175,7 @@ def _finish(
         except MemcompileError as error:
             raise GatesUnmet(error, result) from error
     progress.stage("write the report")
-    write_reports(writer.path, manifest, result.evaluation, result.gates)
+    write_reports(writer.path, manifest, result.evaluation, result.gates, name=writer.target.name)
     manifest = writer.seal(manifest)
     writer.commit()
     return replace(result, manifest=manifest)

@@ -45,7 +45,8 @@ def bar_chart(bars: Sequence[Bar]) -> Markup:
         label, text = escape(bar.label), escape(bar.text)
         parts.append(
             f'<text class="axis" x="{_LABEL - 8}" y="{middle}" text-anchor="end">{label}</text>'
-            f'<rect class="{bar.style}" x="{_LABEL}" y="{y + 4}" width="{length:.1f}" height="{_ROW - 8}" rx="2">'
+            f'<rect class="{bar.style}" x="{_LABEL}" y="{y + 4}" rx="2" '
+            f'width="{length:.1f}" height="{_ROW - 8}">'
             f"<title>{label}: {text}</title></rect>"
             f'<text class="value" x="{_LABEL + length + 6:.1f}" y="{middle}">{text}</text>'
         )

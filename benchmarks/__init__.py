@@ -1,0 +1,1 @@
+"""Benchmarks: what memcompile must reach on the real model, measured on a quiet machine."""
