@@ -69,6 +69,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "smollm2_path" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
+            # one worker: the others must not load and capture the same model again
+            item.add_marker(pytest.mark.xdist_group("smollm2"))
     wanting = [item for item in items if item.get_closest_marker("needs_gpu")]
     if wanting and not _has_gpu():
         for item in wanting:
