@@ -87,6 +87,14 @@ def errors_pages() -> Pages:
     return {"errors.md": "".join(lines)}
 
 
+def commands_pages() -> Pages:
+    """Every command and its options."""
+    from memcompile.cli.reference import cli_reference_markdown
+
+    introduction = "# Commands\n\nWhat they print and how they end: [the command line](cli.md).\n\n"
+    return {"commands.md": introduction + cli_reference_markdown()}
+
+
 def plan_pages() -> Pages:
     """Every key of a plan."""
     from memcompile.plan.reference import plan_reference_markdown
@@ -102,7 +110,7 @@ def passes_pages() -> Pages:
     return {f"passes/{name}.md": pass_page(name) for name in BUILT_IN}
 
 
-GENERATORS: Final[tuple[Callable[[], Pages], ...]] = (errors_pages, plan_pages, passes_pages)
+GENERATORS: Final[tuple[Callable[[], Pages], ...]] = (errors_pages, plan_pages, commands_pages, passes_pages)
 
 
 def pages() -> Pages:

@@ -17,7 +17,9 @@ from memcompile.errors import MemcompileError
 @options.artifact
 @click.option("--prompt", help="The prompt; `-` reads it from stdin.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="A UTF-8 text to use as the prompt.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens at most."
+)
 @click.option(
     "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy."
 )
