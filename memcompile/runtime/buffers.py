@@ -134,8 +134,10 @@ def _move(tokens_GSD: Array, slots: NDArray[np.int64]) -> None:
     start = int(moved.argmax())
     rest = slots[start:]
     if rest[-1] - rest[0] == len(rest) - 1:
-        # one run, the usual case of sinks and a window: numpy handles the overlap
-        tokens_GSD[:, start : len(slots)] = tokens_GSD[:, rest[0] : rest[-1] + 1]
+        # one run, the usual case of sinks and a window: flat, numpy moves overlapping memory without a copy
+        width = tokens_GSD.shape[2]
+        for head in tokens_GSD.reshape(len(tokens_GSD), -1):
+            head[start * width : len(slots) * width] = head[rest[0] * width : (rest[-1] + 1) * width]
     else:
         tokens_GSD[:, start : len(slots)] = tokens_GSD[:, rest]
 
