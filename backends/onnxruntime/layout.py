@@ -22,9 +22,21 @@ _SPLIT_TRANSPOSE = ((1, 2), (2, 1), (-3, -2), (-2, -3))
 
 def through_copies(node: Any) -> Any:
     """The node whose values `node` merely repeats."""
-    while isinstance(node, fx.Node) and node.target in _SAME_VALUES:
-        node = node.args[0]
+    while isinstance(node, fx.Node):
+        if node.target in _SAME_VALUES:
+            node = node.args[0]
+        elif node.target is aten.cat.default and len(parts := _not_empty(node)) == 1:
+            node = parts[0]
+        else:
+            break
     return node
+
+
+def _not_empty(concatenation: fx.Node) -> list[Any]:
+    # a rotary embedding of all channels is written as the rotated ones and the none that are left
+    parts: Any = concatenation.args[0]
+    shapes = [getattr(part.meta.get("val"), "shape", ()) for part in parts]
+    return [p for p, shape in zip(parts, shapes, strict=True) if not any(isinstance(d, int) and d == 0 for d in shape)]
 
 
 def is_head_transpose(node: Any) -> bool:
@@ -38,6 +50,7 @@ def is_head_transpose(node: Any) -> bool:
 
 def pack_heads(emitter: Emitter, node: fx.Node) -> torch.Tensor:
     """The value of `node`, [B,H,T,D], as [B,T,H*D]."""
+    node = through_copies(node)
     key = ("packed", node)
     if key not in emitter.memo:
         emitter.memo[key] = _pack(emitter, node)
@@ -47,9 +60,8 @@ def pack_heads(emitter: Emitter, node: fx.Node) -> torch.Tensor:
 
 def _pack(emitter: Emitter, node: fx.Node) -> torch.Tensor:
     batch, heads, tokens, width = emitter.value(node).shape
-    origin = through_copies(node)
-    if is_head_transpose(origin):
-        split = through_copies(origin.args[0])
+    if is_head_transpose(node):
+        split = through_copies(node.args[0])
         if isinstance(split, fx.Node) and split.target in _RESHAPES:
             source = emitter.value(split.args[0])
             if source.ndim == 3 and source.shape[2] == heads * width:

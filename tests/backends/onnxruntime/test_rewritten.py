@@ -19,16 +19,16 @@ from tests.rewrite.tiny import calibration, entry
 PLANS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "window and sinks": [("attention.static", {"window_tokens": 8, "sink_tokens": 2})],
     "blocks of the past": [
-        ("attention.static", {"window_tokens": 8, "sink_tokens": 2, "block_tokens": 4, "stride_blocks": 3})
+        ("attention.static", {"window_tokens": 8, "sink_tokens": 2, "block_tokens": 4, "block_stride": 3})
     ],
     "window on one head": [("attention.static", {"window_tokens": 8, "sink_tokens": 2, "heads": [0]})],
-    "evict": [("kv.evict", {"preset": "snapkv", "keep_tokens": 40})],
-    "evict by norm": [("kv.evict", {"preset": "knorm", "keep_fraction": 0.5})],
+    "evict": [("kv.evict", {"keep_tokens": 40, "observe_tokens": 16})],
+    "evict by norm": [("kv.evict", {"score": "key_norm", "keep_fraction": 0.5})],
     "int8": [("kv.quantize", {"bits": 8})],
     "int4": [("kv.quantize", {"bits": 4})],
     "all three": [
         ("attention.static", {"window_tokens": 8, "sink_tokens": 2, "layers": "every 2"}),
-        ("kv.evict", {"preset": "snapkv", "keep_tokens": 40}),
+        ("kv.evict", {"keep_tokens": 40, "observe_tokens": 16}),
         ("kv.quantize", {"bits": 8}),
     ],
 }
