@@ -345,6 +345,19 @@ def test_the_outcome_predicts_the_state(tmp_path: Path) -> None:
     assert quantize.cost.state_bytes == 2 * (2 * 120 * 2 * 2 * 8 * 1)  # two layers
 
 
+def test_codes_are_predicted_of_what_eviction_leaves(tmp_path: Path) -> None:
+    result = apply(
+        tiny_graph(),
+        [entry("kv.evict", keep_tokens=40), entry("kv.quantize")],
+        workload=WorkloadSizes(prompt_tokens=100, new_tokens=20),
+        calibration=calibration(tmp_path),
+    )
+    predicted = [outcome.cost.state_bytes for outcome in result.outcomes if outcome.cost]
+    assert predicted == [
+        3 * 60 * 2 * 2 * 8 * size for size in (4, 1)
+    ]  # layers, tokens, k and v, heads, width
+
+
 def test_the_rewritten_graph_still_runs(tmp_path: Path) -> None:
     graph = tiny_graph()
     apply(graph, [entry("attention.static", window_tokens=4, heads=[1])])
