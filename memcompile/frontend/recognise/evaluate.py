@@ -113,16 +113,18 @@ class Evaluator:
     """Values of nodes at given sizes, floats in float64, computed on demand and kept.
 
     `known` holds values to start from: a node in it is never computed, so what feeds it never runs.
+    `replaced` puts other numbers in the place of constants.
     """
 
     def __init__(
         self, graph_module: fx.GraphModule, sizes: Sizes, probes: Mapping[str, torch.Tensor],
-        known: Mapping[fx.Node, Any] | None = None,
+        known: Mapping[fx.Node, Any] | None = None, replaced: Mapping[float, int] | None = None,
     ) -> None:  # fmt: skip
         self.graph_module = graph_module
         self.sizes = sizes
         self.probes = probes
         self.values: dict[fx.Node, Any] = dict(known or {})
+        self.replaced = dict(replaced or {})
 
     def __call__(self, node: fx.Node) -> Any:
         previous = torch.get_default_dtype()
@@ -145,7 +147,7 @@ class Evaluator:
             if immediate is not None:
                 self.values[node] = immediate
                 continue
-            waiting = [n for n in node.all_input_nodes if n not in self.values]
+            waiting = [n for n in _needed(node) if n not in self.values]
             if waiting:
                 stack.extend(waiting)
                 continue
@@ -167,9 +169,20 @@ class Evaluator:
             return sized(value, self.sizes) if isinstance(value, (torch.SymInt, int)) else value
         return None
 
+    def _argument(self, node: fx.Node) -> Any:
+        if node in self.values:
+            return self.values[node]
+        # only its shape and type are looked at
+        return widen(torch.zeros((), dtype=node.meta["val"].dtype)).expand(shape_of(node, self.sizes))
+
+    def _number(self, value: float) -> float:
+        return self.replaced.get(value, value) if not isinstance(value, bool) else value
+
     def _run(self, node: fx.Node) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.values[n])
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._argument)
         args, kwargs = pytree.tree_map_only(torch.dtype, _wide, (args, kwargs))
+        if self.replaced:
+            args, kwargs = pytree.tree_map_only((int, float), self._number, (args, kwargs))
         if node.op != "call_function" or not callable(node.target):
             raise Unevaluable(f"{node.name} is a {node.op}")
         try:
@@ -205,15 +218,19 @@ def ancestors(roots: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.
         if node in seen or isinstance(node.meta.get("val"), (torch.SymInt, int)):
             continue
         seen.add(node)
-        if node.target in _SHAPE_ONLY:
-            # only dtype, device and shape of the first operand matter
-            stack.extend(n for n in node.all_input_nodes[1:] if n not in halt)
-            continue
-        stack.extend(n for n in node.all_input_nodes if n not in halt)
+        stack.extend(n for n in _needed(node) if n not in halt)
     return seen
 
 
-_SHAPE_ONLY = {
+def _needed(node: fx.Node) -> list[fx.Node]:
+    """The operands whose values a node needs."""
+    if node.target in SHAPE_ONLY:
+        return [n for n in node.all_input_nodes if n is not node.args[0]]
+    return node.all_input_nodes
+
+
+# of their first operand only the type, the device and the shape matter
+SHAPE_ONLY = {
     aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.new_ones.default,
     aten.new_zeros.default, aten.new_full.default, aten.new_empty.default, aten.empty_like.default,
 }  # fmt: skip

@@ -85,8 +85,11 @@ class Probes:
         """The most tokens that the capture allows."""
         return min((self.limits[s][1] for s in self.tokens), default=1)
 
-    def evaluator(self, sizes: Mapping[sympy.Symbol, int], known: Mapping[fx.Node, Any] | None = None) -> Evaluator:
-        return Evaluator(self.graph_module, sizes, self.inputs, known)
+    def evaluator(
+        self, sizes: Mapping[sympy.Symbol, int], known: Mapping[fx.Node, Any] | None = None,
+        replaced: Mapping[float, int] | None = None,
+    ) -> Evaluator:  # fmt: skip
+        return Evaluator(self.graph_module, sizes, self.inputs, known, replaced)
 
     @property
     def is_static(self) -> bool:
@@ -115,11 +118,11 @@ def prove(probes: Probes, mask: fx.Node, queries: Any, keys: Any) -> MaskFacts:
     queries, keys: the sizes T and S as the graph knows them.
     """
     inputs, others = data_of(probes, mask)
-    if others:
+    if others and not inputs:
         return MaskFacts(runtime=True, why=f"the mask depends on {others[0]}")
     if not inputs:
         return prove_constant(probes, mask, queries, keys)
-    if len(inputs) == 1 and _is_padding_shape(probes, inputs[0], keys):
+    if not others and len(inputs) == 1 and _is_padding_shape(probes, inputs[0], keys):
         found = _prove_padding(probes, mask, inputs[0], queries, keys)
         if found is not None:
             return found
@@ -132,19 +135,38 @@ def prove_constant(
 ) -> MaskFacts:
     """Compare a mask that depends on sizes only with causal, windowed and no masking, at every telling length.
 
-    filled: nodes to replace by one value everywhere.
+    A number too large to evaluate beyond (a window of 32768) is replaced by two small ones; the mask is proven
+    when it follows both alike. filled: nodes to replace by one value everywhere.
     """
     constants = _constants(probes, mask)
-    limit = probes.token_limit
-    beyond = [c for c in constants if _LONGEST < c < limit]
-    if beyond:
+    beyond = [c for c in constants if _LONGEST < c < probes.token_limit]
+    if not beyond:
+        return _prove_at_lengths(probes, mask, queries, keys, constants, filled, {})
+    if len(beyond) > 1:
         return MaskFacts(runtime=True, why=f"the mask may change after {beyond[0]} tokens, too long to evaluate")
+    small = [c for c in constants if c < _LONGEST]
+    near, far = (
+        _prove_at_lengths(probes, mask, queries, keys, [*small, n], filled, {beyond[0]: n}) for n in (19, 37)
+    )
+    if near.runtime or far.runtime:
+        return near if near.runtime else far
+    if near == far:
+        return near
+    if near.causal == far.causal and near.window and far.window - near.window == 37 - 19:
+        return replace(near, window=beyond[0] + near.window - 19)
+    return MaskFacts(runtime=True, why=f"the mask may change after {beyond[0]} tokens, too long to evaluate")
+
+
+def _prove_at_lengths(
+    probes: Probes, mask: fx.Node, queries: Any, keys: Any, constants: Sequence[int],
+    filled: Mapping[fx.Node, int] | None, replaced: Mapping[float, int],
+) -> MaskFacts:  # fmt: skip
     seen = 0
     candidates: list[tuple[bool, int]] | None = None
-    for length in _lengths(constants, limit, probes.is_static):
-        sizes = probes.sizes(length, 2 if length <= 32 else 1)
+    for length in _lengths(constants, probes.token_limit, probes.is_static):
+        sizes = probes.sizes(length, 2 if length <= 64 else 1)
         try:
-            value = probes.evaluator(sizes, _constant_values(filled or {}, sizes))(mask)
+            value = probes.evaluator(sizes, _constant_values(filled or {}, sizes), replaced)(mask)
         except Unevaluable:
             continue
         visible = visibility(value)
@@ -201,7 +223,8 @@ def _surviving(
             # the last query tells the width, once the mask is long enough to show one
             seen = int(square[-1].sum())
             width = seen if seen < keys else -1
-        if width == -1 or bool((square == named_mask(causal, width, queries, keys)).all()):
+        # a width not shown yet is no limit so far
+        if bool((square == named_mask(causal, max(width, 0), queries, keys)).all()):
             fitting.append((causal, width))
     unsettled = [c for c in fitting if c[1] == -1]
     return [c for c in fitting if c[1] != -1] + unsettled
@@ -210,10 +233,13 @@ def _surviving(
 def _lengths(constants: Sequence[int], limit: int, static: bool) -> list[int]:
     if static:
         return [1]
-    telling = {n for c in constants for n in (c - 1, c, c + 1, c + 2) if c <= 64}
-    telling |= {n for c in constants if c > 64 for n in (c, c + 2)}
-    wanted = set(_SHORT_LENGTHS) | {n for n in telling if n >= 1}
-    return sorted(n for n in wanted if n <= limit)
+    wanted = set(_SHORT_LENGTHS)
+    for constant in constants:
+        # a mask can change at a number that stands in its making, and a buffer ends at its size
+        wanted |= {constant + 2} if constant + 2 <= limit else {limit}
+        if constant <= 1100:
+            wanted |= {constant, constant + 1}
+    return sorted(n for n in wanted if 1 <= n <= limit)
 
 
 def _constants(probes: Probes, mask: fx.Node) -> list[int]:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from memcompile.frontend.recognise.axes import CASTS, SHAPE_OPERATIONS
+from memcompile.frontend.recognise.evaluate import SHAPE_ONLY
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -200,7 +201,7 @@ def read_written(softmax: fx.Node) -> Written | None:
     queries_keys = read_product(path[0])
     assert queries_keys is not None
     for before, node in zip(path, (*path[1:], softmax), strict=True):
-        others = [u.name for u in before.users if u is not node]
+        others = [u.name for u in before.users if u is not node and u.target not in SHAPE_ONLY | {aten.sym_size.int}]
         if others:
             raise Refused(f"the attention scores are also used by {_list(others)}")
     return Written(softmax, queries_keys, path, weights, values, weights_are_left)

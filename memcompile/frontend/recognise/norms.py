@@ -51,8 +51,8 @@ def _read_fused(node: fx.Node) -> _Norm | None:
         return None
     eps = given.get("eps")
     if eps is None:
-        # the default depends on the type: written out, so that it is the same wherever the graph runs
-        eps = torch.finfo(x.meta["val"].dtype).eps
+        # the default is that of the type the operator computes in: written out, so that it is the same everywhere
+        eps = torch.finfo(torch.promote_types(x.meta["val"].dtype, torch.float32)).eps
         node.args, node.kwargs = (x, shape, weight, eps), {}
     return _Norm(node, x, weight, float(eps)) if isinstance(eps, (int, float)) else None
 
