@@ -303,6 +303,8 @@ def session_options(function: str, threads: int) -> Any:
     options.log_severity_level = 3
     # patterns are remembered per shape, and every chunk and step has another one
     options.enable_mem_pattern = False
+    # long enough to bridge two operators, short enough not to starve a neighbour
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
     # what `compress` needed for a moment must not stay allocated next to the caches it made smaller
     options.enable_cpu_mem_arena = function == "step"
     return options
