@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memcompile.evaluate.memory import peak_memory_bytes
 from memcompile.evaluate.session import MeasuredSession
@@ -36,14 +38,31 @@ def prompt_rows(session: MeasuredSession, parameters: dict[str, Any], prompt_tok
     return [[int(token) for token in row[:prompt_tokens]] for row in tokens]
 
 
-def timed_prefill(session: MeasuredSession, state: Any, rows: list[list[int]]) -> tuple[Any, float, float]:
-    """Prefill and compress; return the last logits [B, V] and the seconds of each."""
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """The last logits [B, V], the seconds of prefill and compress, and the state's bytes between the two."""
+
+    logits: NDArray[np.float32]
+    prefill_seconds: float
+    compress_seconds: float
+    state_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Everything that comes before the second token."""
+        return self.prefill_seconds + self.compress_seconds
+
+
+def timed_prefill(session: MeasuredSession, state: Any, rows: list[list[int]]) -> Prefill:
+    """Prefill and compress, timing each."""
     begun = time.perf_counter()
     logits = session.prefill(state, rows)
     prefilled = time.perf_counter()
+    state_bytes = int(state.nbytes)
     session.compress(state)
     compressed = time.perf_counter()
-    return np.stack([row[-1] for row in logits]), prefilled - begun, compressed - prefilled
+    last = np.stack([row[-1] for row in logits])
+    return Prefill(last, prefilled - begun, compressed - prefilled, state_bytes)
 
 
 def measure_cost(session: MeasuredSession, parameters: dict[str, Any], update: Update) -> dict[str, Any]:
@@ -64,11 +83,12 @@ def measure_cost(session: MeasuredSession, parameters: dict[str, Any], update: U
     for _ in range(repeats):
         state = session.new_state(len(rows), max(map(len, rows)), new_tokens)
         allocated = int(state.nbytes)
-        logits, prefill_seconds, compress_seconds = timed_prefill(session, state, rows)
-        prefills.append(prefill_seconds + compress_seconds)
-        compresses.append(compress_seconds)
+        prompt = timed_prefill(session, state, rows)
+        logits = prompt.logits
+        prefills.append(prompt.seconds)
+        compresses.append(prompt.compress_seconds)
         state_bytes = int(state.nbytes)
-        state_bytes_peak = max(state_bytes_peak, allocated, state_bytes)
+        state_bytes_peak = max(state_bytes_peak, allocated, prompt.state_bytes, state_bytes)
         update(done := done + 1, steps)
         for _ in range(decode_tokens):
             tokens = logits.argmax(axis=-1).astype(np.int64)

@@ -102,7 +102,7 @@ def measure_passkey(session: MeasuredSession, parameters: dict[str, Any], update
         key = str(generator.integers(10_000, 100_000))
         prompt = build_prompt(source, depth=depth, index=index, of=len(depths), tokens=prompt_tokens, key=key)
         state = session.new_state(1, len(prompt.tokens), len(prompt.answer))
-        first, _, _ = timed_prefill(session, state, [prompt.tokens])
+        first = timed_prefill(session, state, [prompt.tokens]).logits
         rest = session.extend(state, prompt.answer[:-1]) if len(prompt.answer) > 1 else first[:0]
         log_probs = scoring.log_probabilities(np.concatenate([first, rest]))
         answer = np.asarray(prompt.answer, dtype=np.int64)

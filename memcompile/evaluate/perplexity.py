@@ -55,10 +55,10 @@ def measure_perplexity(
     for index in range(windows):
         tokens = source.window(index, windows, prompt_tokens + length)
         state = session.new_state(1, prompt_tokens, length)
-        first, prefill, compress = timed_prefill(session, state, [tokens[:prompt_tokens]])
-        prefill_seconds.append(prefill + compress)
+        prompt = timed_prefill(session, state, [tokens[:prompt_tokens]])
+        prefill_seconds.append(prompt.seconds)
         targets = np.asarray(tokens[prompt_tokens:], dtype=np.int64)
-        logits, start = first, 0
+        logits, start = prompt.logits, 0
         while True:
             log_probs = scoring.log_probabilities(logits)
             stop = start + log_probs.shape[0]

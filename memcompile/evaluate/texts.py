@@ -49,7 +49,7 @@ class TokenSource:
 
     def __init__(self, session: Any, text: str | None, *, seed: int) -> None:
         tokenizer_facts = getattr(session.manifest, "tokenizer", None)
-        self._tokenizer = session.tokenizer
+        self._tokenizer = session.tokenizer if tokenizer_facts is not None else None
         self._text = text
         self._seed = seed
         self._vocab_size = int(session.manifest.model.vocab_size)
@@ -70,7 +70,7 @@ class TokenSource:
     def encode(self, text: str) -> list[int]:
         """Tokenise without the tokens a sequence starts with."""
         ids = [int(token) for token in self._tokenizer.encode(text)]
-        return ids[1:] if ids and self._bos is not None and ids[0] == self._bos else ids
+        return ids[1:] if self._add_bos and ids[:1] == self.start_ids else ids
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of tokens."""

@@ -16,10 +16,13 @@ from memcompile.evaluate.texts import TokenSource, read_text, text_digest
 
 
 class _Words:
-    """One token a word, with a start token in front, as some tokenizers do on their own."""
+    """One token a word, with a start token in front where the model wants one."""
+
+    def __init__(self, start: list[int]) -> None:
+        self.start = start
 
     def encode(self, text: str) -> list[int]:
-        return [1, *(2 + len(word) for word in text.split())]
+        return [*self.start, *(2 + len(word) for word in text.split())]
 
     def decode(self, ids: list[int]) -> str:
         return " ".join("x" * (token - 2) for token in ids)
@@ -29,7 +32,7 @@ def _session(*, add_bos: bool = False, tokenizer: Any = None) -> Any:
     model = SimpleNamespace(vocab_size=50, bos_token_id=1)
     return SimpleNamespace(
         manifest=SimpleNamespace(model=model, tokenizer=SimpleNamespace(add_bos=add_bos, chat=None)),
-        tokenizer=tokenizer or _Words(),
+        tokenizer=tokenizer or _Words([1] if add_bos else []),
     )
 
 
@@ -96,3 +99,12 @@ def test_random_tokens_stand_in_for_a_missing_text_and_repeat_with_the_seed() ->
     assert first.window(1, 2, 65) == second.window(1, 2, 65)
     assert first.window(0, 2, 65) != first.window(1, 2, 65)
     assert max(first.window(0, 2, 200)) < 50
+
+
+def test_a_template_may_begin_with_the_start_token_of_a_model_that_adds_none() -> None:
+    class Chat(_Words):
+        def encode(self, text: str) -> list[int]:
+            return [1 if word == "<user>" else 4 for word in text.split()]
+
+    source = TokenSource(_session(tokenizer=Chat([])), TEXT, seed=0)
+    assert source.encode("<user> word") == [1, 4]
