@@ -55,7 +55,9 @@ def append_to_cache(
     codes = quantize(new, scale, bits) if bits and scale is not None else new
     state = codes if past is None else torch.cat((past, codes), dim=2)
     if bits and scale is not None:
-        return dequantize(state, scale, bits, new.shape[-1]).to(new.dtype), state
+        values = dequantize(state, scale, bits, new.shape[-1]).to(new.dtype)
+        # rounding has no slope: gradients pass straight through it (Bengio et al. 2013, arXiv:1308.3432)
+        return values + (new - new.detach()) if new.requires_grad and past is None else values, state
     return state, state
 
 
