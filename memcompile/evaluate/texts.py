@@ -49,7 +49,7 @@ class TokenSource:
 
     def __init__(self, session: Any, text: str | None, *, seed: int) -> None:
         tokenizer_facts = getattr(session.manifest, "tokenizer", None)
-        self._tokenizer = session.tokenizer if tokenizer_facts is not None else None
+        self._tokenizer: Any = session.tokenizer if tokenizer_facts is not None else None
         self._text = text
         self._seed = seed
         self._vocab_size = int(session.manifest.model.vocab_size)
