@@ -3,7 +3,7 @@
 Prefill, decode and peak memory at several prompt lengths. Every reading is a process of its own, the two
 sides take turns, and the table gives the median ratio and its spread.
 
-    python -m benchmarks.plain_export [--json] [--model FILE] [--prompts 2048,8000] [--repeats 3] [--threads 2]
+    python -m benchmarks.plain_export [--json] [--model FILE] [--prompts 2048,8000] [--repeats 3]
 """
 
 from __future__ import annotations
@@ -235,7 +235,8 @@ def run(source: str, prompts: Sequence[int], repeats: int, threads: int) -> dict
                 readings += [in_own_process(s, folder / s, prompt_tokens, threads) for s in SIDES]
     comparisons = compare(readings)
     agree = all(
-        len({r.tokens for r in readings if r.prompt_tokens == prompt_tokens}) == 1 for prompt_tokens in prompts
+        len({r.tokens for r in readings if r.prompt_tokens == prompt_tokens}) == 1
+        for prompt_tokens in prompts
     )
     return {
         "schema": 1,
@@ -273,8 +274,12 @@ def show(result: dict[str, Any]) -> None:
         )
     console = Console()
     console.print(table)
-    console.print(f"capture and lowering: {result['capture_and_lowering_seconds']:.1f} s (wanted: under 60 s)")
-    console.print("both sides chose the same tokens" if result["same_tokens"] else "the sides chose different tokens")
+    console.print(
+        f"capture and lowering: {result['capture_and_lowering_seconds']:.1f} s (wanted: under 60 s)"
+    )
+    console.print(
+        "both sides chose the same tokens" if result["same_tokens"] else "the sides chose different tokens"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

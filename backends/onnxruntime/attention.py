@@ -1,4 +1,4 @@
-"""`memcompile::attention` with state as GroupQueryAttention over buffers that are past and present at once."""
+"""`memcompile::attention` with state as GroupQueryAttention over buffers that are past and present."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def padded_width(head_dim: int) -> int:
 
 @lowers(torch.ops.memcompile.attention.default)
 def lower_attention(emitter: Emitter, node: fx.Node) -> tuple[torch.Tensor, ...] | None:
-    """Attention with a cache becomes GroupQueryAttention; a stateless call is left to `scaled_dot_product`."""
+    """Attention with a cache becomes GroupQueryAttention; a stateless call is left to torch's own."""
     facts = {a.name: argument(node, a.name) for a in node.target._schema.arguments}  # type: ignore[union-attr]
     if facts["past_k"] is None:
         return _stateless(emitter, facts)

@@ -12,7 +12,7 @@ from torch import fx
 from memcompile.artifact.manifest import MASK_INPUT, FunctionEntry, GroupEntry, PrefillEntry, TensorEntry
 from memcompile.backends.onnxruntime import attention, dense, experts, layout, rotary  # noqa: F401  (register)
 from memcompile.backends.onnxruntime.emitter import Emitter
-from memcompile.backends.onnxruntime.export import WEIGHTS, dtype_name, example, to_model, write
+from memcompile.backends.onnxruntime.export import WEIGHTS, example, to_model, write
 from memcompile.backends.onnxruntime.genai import GENAI_CONFIG, GENAI_MODEL, is_plain, write_genai
 from memcompile.backends.onnxruntime.interface import BATCH, StepInterface, cache_tensors, step_interface
 from memcompile.errors import MemcompileError
@@ -83,9 +83,7 @@ class _Step(torch.nn.Module):
         return (logits.float(), *states)
 
 
-def _lower_step(
-    program: Program, interface: StepInterface, destination: Path, device: str
-) -> FunctionEntry:
+def _lower_step(program: Program, interface: StepInterface, destination: Path, device: str) -> FunctionEntry:
     assert program.step is not None
     graph = inline_higher_order(program.step)
     # distinct sizes, none of them 0 or 1, so that the tracer takes no two dims for the same
@@ -125,9 +123,7 @@ def _lower_forward(program: Program, destination: Path, device: str) -> Function
         dtype = "float32" if value.is_floating_point() else spec.dtype
         entry = TensorEntry(spec.name, dtype, tuple(_dim(dim) for dim in spec.dims))
         inputs.append(entry)
-        sizes = {
-            str(dim): _hint(size) for dim, size in zip(entry.dims, value.shape, strict=True)
-        }
+        sizes = {str(dim): _hint(size) for dim, size in zip(entry.dims, value.shape, strict=True)}
         examples.append(example(entry, sizes))
     outputs = [
         TensorEntry(
@@ -141,8 +137,10 @@ def _lower_forward(program: Program, destination: Path, device: str) -> Function
 
 
 def _dim(dim: int | str) -> int | str:
-    return dim if isinstance(dim, int) or dim.isidentifier() else "_" + "".join(
-        c if c.isalnum() else "_" for c in dim
+    return (
+        dim
+        if isinstance(dim, int) or dim.isidentifier()
+        else "_" + "".join(c if c.isalnum() else "_" for c in dim)
     )
 
 

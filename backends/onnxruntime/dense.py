@@ -14,7 +14,7 @@ aten: Any = torch.ops.aten
 
 @lowers(aten.linear.default)
 def lower_linear(emitter: Emitter, node: fx.Node) -> torch.Tensor | None:
-    """FusedMatMul reads the weight as torch keeps it, [out,in]: no transposed copy, and tied weights stay one."""
+    """FusedMatMul reads the weight as torch keeps it, [out,in]: no copy, and tied weights stay one."""
     x, weight = emitter.value(node.args[0]), emitter.value(node.args[1])
     if x.ndim < 2:
         return None

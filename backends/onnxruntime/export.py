@@ -72,7 +72,8 @@ def _set_interface(
     inputs: Sequence[TensorEntry],
     outputs: Sequence[TensorEntry],
 ) -> None:
-    assert len(graph.inputs) == len(inputs) and len(graph.outputs) == len(outputs), (graph.inputs, inputs)
+    assert len(graph.inputs) == len(inputs), (graph.inputs, inputs)
+    assert len(graph.outputs) == len(outputs), (graph.outputs, outputs)
     for value, entry in zip(graph.inputs, inputs, strict=True):
         value.name = entry.name
     for value, entry in zip(graph.outputs, outputs, strict=True):

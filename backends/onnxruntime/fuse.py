@@ -28,7 +28,7 @@ def clean_up(model: ir.Model) -> None:
 
 
 def fuse_skip_norms(graph: ir.Graph) -> int:
-    """`norm(a + b)` becomes one SkipSimplifiedLayerNormalization that also gives the sum; returns how many."""
+    """`norm(a + b)` becomes one SkipSimplifiedLayerNormalization that also gives the sum; counts them."""
     fused = 0
     for node in list(graph):
         if node.op_type != "RMSNormalization" or node.domain:
@@ -61,7 +61,9 @@ def fuse_skip_norms(graph: ir.Graph) -> int:
         graph.insert_before(add, joined)
         ir.convenience.replace_all_uses_with(total, joined.outputs[3])
         was_output = node.outputs[0].is_graph_output()
-        ir.convenience.replace_all_uses_with(node.outputs[0], joined.outputs[0], replace_graph_outputs=was_output)
+        ir.convenience.replace_all_uses_with(
+            node.outputs[0], joined.outputs[0], replace_graph_outputs=was_output
+        )
         graph.remove([node, add], safe=True)
         fused += 1
     graph.sort()

@@ -1,7 +1,7 @@
 """Let onnxruntime-genai load an artifact whose states are plain key/value caches.
 
-It feeds no `logit_positions`, and takes logits for the last token only when their token axis is declared as 1.
-So it gets a graph of its own, which reads the same weights, and a `genai_config.json`.
+It feeds no `logit_positions`, and takes logits for the last token only when their token axis is declared
+as 1. So it gets a graph of its own, which reads the same weights, and a `genai_config.json`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GENAI_MODEL: Final = "genai.onnx"
 
 
 def is_plain(states: Sequence[StateEntry], groups: Sequence[GroupEntry]) -> bool:
-    """Whether onnxruntime-genai can drive these states: one dense float cache a layer, alike in all layers."""
+    """Whether onnxruntime-genai can drive these states: one dense float cache a layer, all alike."""
     return (
         bool(states)
         and [s.region for s in states] == [str(i) for i in range(len(states))]

@@ -1,4 +1,4 @@
-"""Names, types and dims of a lowered program: what the runtime feeds and reads (docs/backends/onnxruntime.md)."""
+"""Names, types and dims of a lowered program: see docs/backends/onnxruntime.md."""
 
 from __future__ import annotations
 

@@ -36,7 +36,11 @@ def _not_empty(concatenation: fx.Node) -> list[Any]:
     # a rotary embedding of all channels is written as the rotated ones and the none that are left
     parts: Any = concatenation.args[0]
     shapes = [getattr(part.meta.get("val"), "shape", ()) for part in parts]
-    return [p for p, shape in zip(parts, shapes, strict=True) if not any(isinstance(d, int) and d == 0 for d in shape)]
+    return [
+        p
+        for p, shape in zip(parts, shapes, strict=True)
+        if not any(isinstance(d, int) and d == 0 for d in shape)
+    ]
 
 
 def is_head_transpose(node: Any) -> bool:
@@ -105,11 +109,15 @@ def join_heads(emitter: Emitter, node: fx.Node) -> torch.Tensor | None:
     last = emitter.value(sizes[2])
     middle = emitter.value(sizes[1])
     joins = isinstance(last, int) and last in (-1, packed.shape[2])
-    return packed if joins and (last != -1 or not isinstance(middle, int) or middle != packed.shape[2]) else None
+    return (
+        packed if joins and (last != -1 or not isinstance(middle, int) or middle != packed.shape[2]) else None
+    )
 
 
 @lowers(aten.flatten.using_ints)
 def flatten_heads(emitter: Emitter, node: fx.Node) -> torch.Tensor | None:
     """The same, spelled `flatten(2)`."""
     packed = _packed_output(emitter, node.args[0])
-    return packed if packed is not None and tuple(node.args[1:]) in ((2,), (2, -1), (2, 3), (-2, -1)) else None
+    return (
+        packed if packed is not None and tuple(node.args[1:]) in ((2,), (2, -1), (2, 3), (-2, -1)) else None
+    )

@@ -13,7 +13,8 @@ from memcompile.backends.onnxruntime.layout import pack_heads, remember_packed, 
 aten: Any = torch.ops.aten
 # operators that act on each angle alone, so that equal halves stay equal
 _ELEMENTWISE = {
-    aten.cos.default, aten.sin.default, aten.to.dtype, aten._to_copy.default, aten.to.device, aten.neg.default,
+    aten.cos.default, aten.sin.default, aten.to.dtype, aten._to_copy.default, aten.to.device,
+    aten.neg.default,
     aten.to.dtype_layout, aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default,
 }  # fmt: skip
 _WITH_SCALAR = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}

@@ -1,4 +1,4 @@
-"""Run or copy a graph in terms a backend has: blocks inlined, dialect operators replaced by their definitions."""
+"""Run or copy a graph in terms a backend has: blocks inlined, dialect operators as their definitions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import fx
 
 from memcompile.dialect import DIALECT

@@ -53,10 +53,11 @@ class StepDriver:
         }
         for group in self.lowered.groups:
             linear = group.input == MASK_INPUT
-            feeds[group.input] = np.ones((1, total), np.int64) if linear else np.arange(total, dtype=np.int64)[None]
+            feeds[group.input] = (
+                np.ones((1, total), np.int64) if linear else np.arange(total, dtype=np.int64)[None]
+            )
         binding = self.session.io_binding()
         for name, value in feeds.items():
-
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
         for name, value in self.buffers.items():
             binding.bind_ortvalue_input(name, value)

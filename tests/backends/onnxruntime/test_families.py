@@ -64,7 +64,9 @@ def test_forward_agrees_with_the_model_at_another_batch_size(family: str, tmp_pa
     with torch.no_grad():
         result = model(**inputs)
     expected = result if isinstance(result, torch.Tensor) else result[0]
-    captured = capture(model, example_inputs=example_inputs(family) if family == "transformer_encoder" else None)
+    captured = capture(
+        model, example_inputs=example_inputs(family) if family == "transformer_encoder" else None
+    )
     _, session = session_of(captured, tmp_path / "out")
     got = session.forward({name: value.numpy() for name, value in inputs.items()})
     first = next(iter(got.values()))
@@ -77,7 +79,7 @@ def test_no_transpose_is_left_around_attention(family: str, tmp_path: Path) -> N
     program, _ = session_of(capture(tiny_model(family)), tmp_path / "out")
     graph = onnx.load(str(tmp_path / "out" / "model.onnx"), load_external_data=False).graph
     operators = [node.op_type for node in graph.node]
-    assert "Transpose" not in operators and "Reshape" not in operators
+    assert not {"Transpose", "Reshape"} & set(operators)
     assert operators.count("GroupQueryAttention") == len(program.states)
     # two norms a layer; the first has nothing before it to be joined with, the last sees chosen rows only
     assert operators.count("SkipSimplifiedLayerNormalization") == 2 * len(program.states) - 1

@@ -31,11 +31,17 @@ class _Emitted(torch.nn.Module):
         return (result,)
 
 
-def compiled(function: Callable[..., torch.Tensor], inputs: dict[str, torch.Tensor], dims: dict[str, tuple[int | str, ...]], folder: Path) -> Run:
+def compiled(
+    function: Callable[..., torch.Tensor],
+    inputs: dict[str, torch.Tensor],
+    dims: dict[str, tuple[int | str, ...]],
+    folder: Path,
+) -> Run:
     """`function` of dialect operators as an ONNX session over inputs with the given dims."""
     graph_module = fx.symbolic_trace(function)
     entries = [
-        TensorEntry(name, str(value.dtype).removeprefix("torch."), dims[name]) for name, value in inputs.items()
+        TensorEntry(name, str(value.dtype).removeprefix("torch."), dims[name])
+        for name, value in inputs.items()
     ]
     rank = function(*inputs.values()).ndim
     outputs = [TensorEntry("result", "float32", tuple(f"d{i}" for i in range(rank)))]
@@ -74,7 +80,10 @@ def test_rotary(tmp_path: Path) -> None:
         heads = torch.ops.aten.transpose.int(x, 1, 2)
         return torch.ops.memcompile.rotary.default(heads, cos, sin)
 
-    dims: dict[str, tuple[int | str, ...]] = {"x": ("batch", "tokens", 3, 16), "angles": ("batch", "tokens", 8)}
+    dims: dict[str, tuple[int | str, ...]] = {
+        "x": ("batch", "tokens", 3, 16),
+        "angles": ("batch", "tokens", 8),
+    }
     run = compiled(function, {"x": torch.randn(2, 5, 3, 16), "angles": torch.rand(2, 5, 8)}, dims, tmp_path)
     for tokens in SIZES:
         x, angles = torch.randn(2, tokens, 3, 16), torch.rand(2, tokens, 8) * 6
@@ -109,7 +118,8 @@ def test_experts(activation: str, transposed: bool, tmp_path: Path) -> None:
     if transposed:
         up = up.mT.contiguous()
     shapes: dict[str, tuple[int | str, ...]] = {
-        "x": ("rows", 8), "index": ("rows", 2), "weight": ("rows", 2), "up": tuple(up.shape), "down": (5, 8, 8),
+        "x": ("rows", 8), "index": ("rows", 2), "weight": ("rows", 2),
+        "up": tuple(up.shape), "down": (5, 8, 8),
     }  # fmt: skip
 
     def routed(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -134,7 +144,8 @@ def test_observe_keeps_the_last_queries_whatever_came_before(tmp_path: Path) -> 
         "q": ("batch", 3, "tokens", 8), "past": ("batch", 3, "width", 8), "positions": ("batch", "slots"),
     }  # fmt: skip
     examples = {
-        "q": torch.randn(2, 3, 5, 8), "past": torch.randn(2, 3, 7, 8), "positions": torch.zeros(2, 11, dtype=torch.int64),
+        "q": torch.randn(2, 3, 5, 8), "past": torch.randn(2, 3, 7, 8),
+        "positions": torch.zeros(2, 11, dtype=torch.int64),
     }  # fmt: skip
     run = compiled(function, examples, dims, tmp_path)
     for tokens in SIZES:
