@@ -12,11 +12,12 @@ aten = torch.ops.aten
 
 # operations whose result is their first operand, as far as values go
 _COPIES = {
-    aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.detach_.default,
-    aten.lift_fresh_copy.default, aten.lift_fresh.default,
+    aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default,
+    aten.detach_.default, aten.lift_fresh_copy.default, aten.lift_fresh.default,
 }  # fmt: skip
 _CASTS = {
-    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default,
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default,
+    aten.type_as.default,
 }  # fmt: skip
 _RESHAPES = {aten.view.default, aten._unsafe_view.default}
 _DROPOUTS = {aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default}
@@ -25,8 +26,8 @@ _VIEWS = {
     aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default, aten.slice.Tensor,
     aten.select.int, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default,
     aten.t.default, aten.flatten.using_ints, aten.unflatten.int, aten.alias.default, aten.detach.default,
-    aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.swapaxes.default, aten.mT.default,
-    aten.movedim.int, aten.contiguous.default, operator.getitem,
+    aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.swapaxes.default,
+    aten.mT.default, aten.movedim.int, aten.contiguous.default, operator.getitem,
 }  # fmt: skip
 _TENSOR_SPELLING = {
     aten.mul.Scalar: aten.mul.Tensor,
@@ -90,7 +91,7 @@ def _changes_nothing(node: fx.Node) -> bool:
     if node.target in _DROPOUTS:
         probability = node.args[1]
         training = node.args[2]
-        return training is False or probability == 0
+        return training is False or bool(probability == 0)
     return False
 
 
@@ -138,10 +139,16 @@ def _fold_written_softmax(graph: fx.Graph, node: fx.Node) -> None:
     top, bottom = node.args[0], node.args[1]
     if not (isinstance(top, fx.Node) and isinstance(bottom, fx.Node)):
         return
-    if top.target is not aten.exp.default or bottom.target is not aten.sum.dim_IntList or bottom.args[0] is not top:
+    if (
+        top.target is not aten.exp.default
+        or bottom.target is not aten.sum.dim_IntList
+        or bottom.args[0] is not top
+    ):
         return
     dims = bottom.args[1]
-    if not (isinstance(dims, (list, tuple)) and len(dims) == 1 and len(bottom.args) > 2 and bottom.args[2] is True):
+    if not (
+        isinstance(dims, (list, tuple)) and len(dims) == 1 and len(bottom.args) > 2 and bottom.args[2] is True
+    ):
         return
     x = top.args[0]
     assert isinstance(x, fx.Node)

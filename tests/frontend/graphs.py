@@ -60,7 +60,10 @@ def run_recognition(module: nn.Module, *args: torch.Tensor, axes: tuple[int, ...
         difference = (module(*args) - graph(*args)).abs()
         if 1 in axes and all(a.ndim > 1 for a in args):
             shorter = tuple(a[:, :-2].contiguous() for a in args)
-            assert torch.allclose(module(*shorter), graph(*shorter), atol=1e-5, rtol=0) or difference.max() > 1e-5
+            assert (
+                torch.allclose(module(*shorter), graph(*shorter), atol=1e-5, rtol=0)
+                or difference.max() > 1e-5
+            )
     return Recognised(graph, refusals, regions, difference)
 
 

@@ -67,7 +67,9 @@ def sdpa_expand(q, k, v, m):
 
 def sdpa_tiled_heads(q, k, v, m):
     # head h uses key head h % 2: not the grouping that the dialect has, so the heads stay expanded
-    return functional.scaled_dot_product_attention(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), is_causal=True)
+    return functional.scaled_dot_product_attention(
+        q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), is_causal=True
+    )
 
 
 def pre_scaled_query(q, k, v, m):
@@ -99,7 +101,9 @@ def einsum(q, k, v, m):
 def einsum_token_major(q, k, v, m):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = torch.einsum("...thd,...shd->...hts", q, k) * SCALE
-    return torch.einsum("bhts,bshd->bthd", (scores + additive(scores.shape[-1])).softmax(-1), v).transpose(1, 2)
+    return torch.einsum("bhts,bshd->bthd", (scores + additive(scores.shape[-1])).softmax(-1), v).transpose(
+        1, 2
+    )
 
 
 def grouped_einsum(q, k, v, m):
@@ -246,7 +250,9 @@ SPELLINGS: list[tuple[Any, Mask, int, float]] = [
 ]
 
 
-@pytest.mark.parametrize(("attend", "mask", "kv_heads", "scale"), SPELLINGS, ids=lambda x: getattr(x, "__name__", ""))
+@pytest.mark.parametrize(
+    ("attend", "mask", "kv_heads", "scale"), SPELLINGS, ids=lambda x: getattr(x, "__name__", "")
+)
 def test_finds_every_spelling(attend, mask, kv_heads, scale):
     found = run_recognition(Attend(attend, kv_heads).eval(), hidden())
     region = found.region
@@ -258,7 +264,9 @@ def test_finds_every_spelling(attend, mask, kv_heads, scale):
     assert found.difference.max() < 1e-5
     # the mask's making and the square of scores are gone
     left = found.operations()
-    assert not any(f"aten.{name}." in t for t in left for name in ("tril", "triu", "arange", "softmax", "masked_fill"))
+    assert not any(
+        f"aten.{name}." in t for t in left for name in ("tril", "triu", "arange", "softmax", "masked_fill")
+    )
     assert not any("repeat_interleave" in t or "expand" in t or "scaled_dot" in t for t in left)
 
 
@@ -465,7 +473,12 @@ def padded_window(q, k, v, m, marks):
 
 @pytest.mark.parametrize(
     ("attend", "mask"),
-    [(padded, Padding()), (padded_additive, Padding()), (padded_causal, Causal()), (padded_window, SlidingWindow(3))],
+    [
+        (padded, Padding()),
+        (padded_additive, Padding()),
+        (padded_causal, Causal()),
+        (padded_window, SlidingWindow(3)),
+    ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
 def test_a_padding_input_becomes_positions(attend, mask):
@@ -540,7 +553,9 @@ def test_a_fixed_length_is_proven_at_that_length():
 
 
 class MultiHead(nn.Module):
-    def __init__(self, batch_first: bool, need_weights: bool, masked: bool, use_weights: bool = False) -> None:
+    def __init__(
+        self, batch_first: bool, need_weights: bool, masked: bool, use_weights: bool = False
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.attention = nn.MultiheadAttention(MODEL, HEADS, batch_first=batch_first)

@@ -1,4 +1,4 @@
-"""Recognition: find attention, RMS norms and rotary embeddings in a graph, prove what they are, replace them."""
+"""Recognition: find attention, RMS norms and rotary embeddings in a graph, prove them, replace them."""
 
 from __future__ import annotations
 

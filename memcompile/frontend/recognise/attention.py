@@ -259,7 +259,7 @@ def _where(node: fx.Node) -> str:
 
 
 def _number_layers(graph_module: fx.GraphModule, made: Sequence[fx.Node]) -> None:
-    """Give each new region its layer: the number in its module path where that tells them apart, else its order."""
+    """Number the new regions: by the number in the module path where that tells them apart, else in order."""
     nodes = attention_nodes(graph_module)
     numbers = [re.findall(r"(?:^|\.)(\d+)(?=\.|$)", str(n.meta.get("path", ""))) for n in nodes]
     in_path = [int(found[0]) if len(found) == 1 else -1 for found in numbers]

@@ -40,7 +40,7 @@ class Untraceable(Exception):
 
 @dataclass(eq=False, slots=True)
 class Atom:
-    """A factor of an axis that nothing splits further. `repeated`: equal values along it, added by a repeat."""
+    """A factor of an axis that nothing splits further. `repeated`: a repeat added it, with equal values."""
 
     size: int
     repeated: bool = False
@@ -53,8 +53,8 @@ Axis = list[Atom]
 class Layout:
     """The axes of a tensor as atoms, beside the axes of the tensor it was made from by moving data only.
 
-    `source`, `operand` and `kept` (a state of `operand` to come back to) share their atoms: splitting one splits
-    the others. Axes of size 1 have no atoms.
+    `source`, `operand` and `kept` (a state of `operand` to come back to) share their atoms: splitting one
+    splits the others. Axes of size 1 have no atoms.
     """
 
     source: list[Axis]
@@ -157,7 +157,7 @@ def _permutation(node: fx.Node, rank: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Where an operand comes from: `source` holds its values times `factor`, `layout` says how they were moved."""
+    """Where an operand comes from: `factor` times the values of `source`, moved as `layout` says."""
 
     operand: fx.Node
     source: fx.Node

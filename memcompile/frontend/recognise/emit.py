@@ -135,7 +135,7 @@ class Emitter:
 
 
 def coalesce(before: Sequence[Axis], after: Sequence[Axis]) -> list[Axis]:
-    """The atoms of `before` in order, in runs that stay together in `after`: what a reshape must really split."""
+    """The atoms of `before` in order, in runs that stay together in `after`: what a reshape must split."""
     follows = {first: second for axis in after for first, second in itertools.pairwise(axis)}
     units: list[Axis] = []
     for axis in before:

@@ -50,7 +50,7 @@ def symbols_of(graph: fx.Graph) -> dict[sympy.Symbol, tuple[int, int]]:
             continue
         for size in value.shape:
             for symbol in sorted(expression(size).free_symbols, key=str):
-                known = size.node.shape_env.var_to_range.get(symbol)
+                known = size.node.shape_env.var_to_range.get(symbol)  # type: ignore[attr-defined]
                 low, high = (known.lower, known.upper) if known is not None else (1, 1 << 30)
                 ranges[symbol] = (max(1, _bounded(low)), _bounded(high))
     return ranges
@@ -61,14 +61,15 @@ def _bounded(limit: Any) -> int:
 
 
 def ties_of(graph: fx.Graph) -> dict[sympy.Symbol, sympy.Symbol]:
-    """Symbols that are one size in truth: a fused attention needs its mask to fit, though the export did not note it."""
+    """Symbols that are one size in truth: a fused attention needs its mask to fit, noted or not."""
     ties: dict[sympy.Symbol, sympy.Symbol] = {}
     for node in graph.nodes:
         if node.op != "call_function" or node.target is not aten.scaled_dot_product_attention.default:
             continue
         mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-        values = [n.meta.get("val") for n in (node.args[0], node.args[1], mask) if isinstance(n, fx.Node)]
-        if len(values) != 3 or not all(isinstance(v, torch.Tensor) for v in values):
+        operands = [n.meta.get("val") for n in (node.args[0], node.args[1], mask) if isinstance(n, fx.Node)]
+        values = [v for v in operands if isinstance(v, torch.Tensor)]
+        if len(values) != 3:
             continue
         q, k, m = values
         scores = (*q.shape[:-1], k.shape[-2])
@@ -84,8 +85,8 @@ def batch_and_tokens(graph: fx.Graph) -> tuple[list[sympy.Symbol], list[sympy.Sy
     batch = dict.fromkeys(
         leading
         for node in graph.nodes
-        if node.op == "placeholder" and isinstance(value := node.meta.get("val"), torch.Tensor) and value.ndim > 1
-        and isinstance(leading := expression(value.shape[0]), sympy.Symbol)
+        if node.op == "placeholder" and isinstance(value := node.meta.get("val"), torch.Tensor)
+        and value.ndim > 1 and isinstance(leading := expression(value.shape[0]), sympy.Symbol)
     )  # fmt: skip
     return list(batch), [s for s in symbols_of(graph) if s not in batch]
 
@@ -156,7 +157,11 @@ class Evaluator:
 
     def _immediate(self, node: fx.Node) -> Any:
         value = node.meta.get("val")
-        if isinstance(value, (torch.SymInt, int)) and not isinstance(value, bool) and node.op != "placeholder":
+        if (
+            isinstance(value, (torch.SymInt, int))
+            and not isinstance(value, bool)
+            and node.op != "placeholder"
+        ):
             return sized(value, self.sizes)
         if node.op == "get_attr":
             return widen(fetch(self.graph_module, str(node.target)))
@@ -188,7 +193,8 @@ class Evaluator:
         try:
             return node.target(*args, **kwargs)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
-            raise Unevaluable(f"{node.name}: {str(error).splitlines()[0] if str(error) else error}") from error
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise Unevaluable(f"{node.name}: {first}") from error
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -209,7 +215,7 @@ def fetch(module: torch.nn.Module, target: str) -> Any:
 
 
 def ancestors(roots: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
-    """The nodes whose *values* the roots need, roots included; sizes are not values, nor is what is in `stop`."""
+    """The nodes whose *values* the roots need, roots included, up to `stop`; sizes are not values."""
     seen: set[fx.Node] = set()
     halt = set(stop)
     stack = [r for r in roots if r not in halt]

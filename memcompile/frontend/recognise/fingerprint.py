@@ -21,9 +21,11 @@ class Fingerprints:
         self.shared: dict[fx.Node, int] = {}
 
     def of(self, root: fx.Node, boundary: Sequence[fx.Node]) -> int:
-        """The number of what `root` computes from the boundary nodes, which count by position and shape only."""
+        """The number of what `root` computes from the boundary, whose nodes count by order and shape only."""
         local = {
-            node: self._number(("boundary", tuple(i for i, b in enumerate(boundary) if b is node), _facts(node)))
+            node: self._number(
+                ("boundary", tuple(i for i, b in enumerate(boundary) if b is node), _facts(node))
+            )
             for node in boundary
         }
         below = self._dependants(root, set(boundary))

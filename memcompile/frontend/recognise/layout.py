@@ -117,7 +117,9 @@ def _arrange(
     dim: int, sizes: Sizes, batch_size: int | None, shallow: bool, repeats: int = 1,
 ) -> Arrangement:  # fmt: skip
     q_node, k_node = (first.right, first.left) if keys_are_left else (first.left, first.right)
-    q_axes, k_axes = (first.right_axes, first.left_axes) if keys_are_left else (first.left_axes, first.right_axes)
+    q_axes, k_axes = (
+        (first.right_axes, first.left_axes) if keys_are_left else (first.left_axes, first.right_axes)
+    )
     summed = first.summed()
     only_queries = [a for a in first.out_axes if a in q_axes and a not in k_axes]
     if len(summed) != 1 or not only_queries:
@@ -139,7 +141,9 @@ def _arrange(
     if len(widths) != 1:
         raise Refused("the values have no single width axis")
 
-    def traced(node: fx.Node, axes: str, labels: list[str], frame: Callable[[str], Axis], scale: bool) -> Trace:
+    def traced(
+        node: fx.Node, axes: str, labels: list[str], frame: Callable[[str], Axis], scale: bool
+    ) -> Trace:
         found = trace(node, sizes, through_scale=scale, shallow=shallow)
         if repeats > 1 and node is not q_node:
             found.layout.operand[-3] = [*found.layout.operand[-3], Atom(repeats, repeated=True)]

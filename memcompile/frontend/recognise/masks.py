@@ -70,7 +70,7 @@ class Probes:
         return sizes | {one: sizes[other] for one, other in self.ties.items() if other in sizes}
 
     def primes(self) -> dict[sympy.Symbol, int]:
-        """A different prime for every size: equal numbers are then equal sizes, and factors can be told apart."""
+        """A prime for every size: equal numbers are then equal sizes, and factors can be told apart."""
         free = [s for s in self.limits if s not in self.ties]
         primes = dict(zip(free, PRIMES, strict=False))
         return primes | {one: primes[other] for one, other in self.ties.items() if other in primes}
@@ -133,17 +133,18 @@ def prove(probes: Probes, mask: fx.Node, queries: Any, keys: Any) -> MaskFacts:
 def prove_constant(
     probes: Probes, mask: fx.Node, queries: Any, keys: Any, filled: Mapping[fx.Node, int] | None = None
 ) -> MaskFacts:
-    """Compare a mask that depends on sizes only with causal, windowed and no masking, at every telling length.
+    """Compare a mask of sizes only with causal, windowed and no masking, at every telling length.
 
-    A number too large to evaluate beyond (a window of 32768) is replaced by two small ones; the mask is proven
-    when it follows both alike. filled: nodes to replace by one value everywhere.
+    A number too large to evaluate beyond (a window of 32768) is replaced by two small ones; the mask is
+    proven when it follows both alike. filled: nodes to replace by one value everywhere.
     """
     constants = _constants(probes, mask)
     beyond = [c for c in constants if _LONGEST < c < probes.token_limit]
     if not beyond:
         return _prove_at_lengths(probes, mask, queries, keys, constants, filled, {})
+    too_long = f"the mask may change after {beyond[0]} tokens, too long to evaluate"
     if len(beyond) > 1:
-        return MaskFacts(runtime=True, why=f"the mask may change after {beyond[0]} tokens, too long to evaluate")
+        return MaskFacts(runtime=True, why=too_long)
     small = [c for c in constants if c < _LONGEST]
     near, far = (
         _prove_at_lengths(probes, mask, queries, keys, [*small, n], filled, {beyond[0]: n}) for n in (19, 37)
@@ -154,7 +155,7 @@ def prove_constant(
         return near
     if near.causal == far.causal and near.window and far.window - near.window == 37 - 19:
         return replace(near, window=beyond[0] + near.window - 19)
-    return MaskFacts(runtime=True, why=f"the mask may change after {beyond[0]} tokens, too long to evaluate")
+    return MaskFacts(runtime=True, why=too_long)
 
 
 def _prove_at_lengths(
@@ -186,7 +187,8 @@ def _constant_values(filled: Mapping[fx.Node, int], sizes: Mapping[sympy.Symbol,
     values = {}
     for node, number in filled.items():
         value = node.meta["val"]
-        values[node] = torch.full(shape_of(node, sizes), number, dtype=widen(torch.empty(0, dtype=value.dtype)).dtype)
+        dtype = widen(torch.empty(0, dtype=value.dtype)).dtype
+        values[node] = torch.full(shape_of(node, sizes), number, dtype=dtype)
     return values
 
 
@@ -243,7 +245,7 @@ def _lengths(constants: Sequence[int], limit: int, static: bool) -> list[int]:
 
 
 def _constants(probes: Probes, mask: fx.Node) -> list[int]:
-    """Every number in the mask's making that could be a length: arguments, and sizes and values of buffers."""
+    """Every number in the mask's making that could be a length: arguments, buffers' sizes and values."""
     found: set[int] = set()
 
     def note(value: Any) -> None:
@@ -287,7 +289,9 @@ def _prove_padding(probes: Probes, mask: fx.Node, keep: fx.Node, queries: Any, k
     return None
 
 
-def _hides_marked(probes: Probes, mask: fx.Node, facts: MaskFacts, length: int, queries: Any, keys: Any) -> bool:
+def _hides_marked(
+    probes: Probes, mask: fx.Node, facts: MaskFacts, length: int, queries: Any, keys: Any
+) -> bool:
     assert facts.keep is not None
     sizes = probes.sizes(length, 2)
     marks, kept = random_marks(facts, sizes, seed=length)

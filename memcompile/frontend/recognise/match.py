@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -33,7 +33,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A product of two tensors, its axes named: a name that stands in both and not in `out` is summed over."""
+    """A product of two tensors, its axes named: a name in both operands and not in `out` is summed over."""
 
     node: fx.Node
     left: fx.Node
@@ -109,9 +109,7 @@ def read_product(node: fx.Node) -> Product | None:
         if found is None:
             return None
         kept = addend if beta != 0 else None
-        return Product(
-            node, found.left, found.right, found.left_axes, found.right_axes, found.out_axes, kept, beta, alpha  # type: ignore[arg-type]
-        )  # fmt: skip
+        return replace(found, addend=kept, beta=beta, alpha=alpha)  # type: ignore[arg-type]
     if node.target is aten.einsum.default:
         return _einsum(node)
     return None
@@ -129,7 +127,9 @@ def _matrix_product(node: fx.Node, left: fx.Node, right: fx.Node) -> Product | N
     batch = "abcdefgh"[: max(left_rank, right_rank) - 2]
     return Product(
         node, left, right,
-        batch[len(batch) - (left_rank - 2) :] + "xz", batch[len(batch) - (right_rank - 2) :] + "zy", batch + "xy",
+        batch[len(batch) - (left_rank - 2) :] + "xz",
+        batch[len(batch) - (right_rank - 2) :] + "zy",
+        batch + "xy",
     )  # fmt: skip
 
 
@@ -201,7 +201,8 @@ def read_written(softmax: fx.Node) -> Written | None:
     queries_keys = read_product(path[0])
     assert queries_keys is not None
     for before, node in zip(path, (*path[1:], softmax), strict=True):
-        others = [u.name for u in before.users if u is not node and u.target not in SHAPE_ONLY | {aten.sym_size.int}]
+        harmless = (*SHAPE_ONLY, aten.sym_size.int)
+        others = [u.name for u in before.users if u is not node and u.target not in harmless]
         if others:
             raise Refused(f"the attention scores are also used by {_list(others)}")
     return Written(softmax, queries_keys, path, weights, values, weights_are_left)
@@ -250,7 +251,7 @@ def _follow_weights(softmax: fx.Node) -> tuple[tuple[fx.Node, ...], Product, boo
         if user.target in _DROPOUTS:
             raise Refused(f"dropout is active (p={user.args[1]}): capture the model in eval()")
         if user.op == "output":
-            raise Refused("the attention weights are an output of the model and are not multiplied with values")
+            raise Refused("the attention weights are an output of the model, not multiplied with values")
         if user.target not in SHAPE_OPERATIONS and user.target not in CASTS:
             raise Refused(f"the attention weights go through {_operation(user)} before they meet the values")
         weights.append(user)

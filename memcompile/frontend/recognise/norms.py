@@ -27,8 +27,8 @@ class _Norm:
 def recognise_norms(graph_module: fx.GraphModule) -> int:
     """Replace every RMS norm with a weight by `memcompile::rms_norm`, in place; returns how many.
 
-    Found: `x * rsqrt(mean(x^2) + eps)` (also as a power, or divided by a square root) in any float type, times
-    a weight [D] before or after the cast back, `1 + weight` included; and `aten.rms_norm`.
+    Found: `x * rsqrt(mean(x^2) + eps)` (also as a power, or divided by a square root) in any float type,
+    times a weight [D] before or after the cast back, `1 + weight` included; and `aten.rms_norm`.
     Each is verified against the nodes it replaces, in float64, before it is accepted.
     """
     return replace_all(graph_module, _find)
@@ -42,7 +42,8 @@ def _find(graph: fx.Graph, node: fx.Node) -> Local | None:
 
 
 def _read_fused(node: fx.Node) -> _Norm | None:
-    given = dict(zip(("input", "normalized_shape", "weight", "eps"), node.args, strict=False)) | dict(node.kwargs)
+    names = ("input", "normalized_shape", "weight", "eps")
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     x, weight = given["input"], given.get("weight")
     shape = given["normalized_shape"]
     if not (isinstance(x, fx.Node) and isinstance(weight, fx.Node) and isinstance(shape, (list, tuple))):
@@ -51,7 +52,7 @@ def _read_fused(node: fx.Node) -> _Norm | None:
         return None
     eps = given.get("eps")
     if eps is None:
-        # the default is that of the type the operator computes in: written out, so that it is the same everywhere
+        # the default is that of the type the operator computes in; written out, it is the same everywhere
         eps = torch.finfo(torch.promote_types(x.meta["val"].dtype, torch.float32)).eps
         node.args, node.kwargs = (x, shape, weight, eps), {}
     return _Norm(node, x, weight, float(eps)) if isinstance(eps, (int, float)) else None
@@ -59,9 +60,7 @@ def _read_fused(node: fx.Node) -> _Norm | None:
 
 def _read_written(node: fx.Node) -> _Norm | None:
     """Read a norm from the node that computes the inverse root."""
-    if node.target is aten.rsqrt.default:
-        mean, divides = node.args[0], False
-    elif node.target is aten.pow.Tensor_Scalar and node.args[1] == -0.5:
+    if node.target is aten.rsqrt.default or (node.target is aten.pow.Tensor_Scalar and node.args[1] == -0.5):
         mean, divides = node.args[0], False
     elif node.target is aten.sqrt.default:
         mean, divides = node.args[0], True

@@ -33,7 +33,7 @@ class Local:
 
 
 def replace_all(graph_module: fx.GraphModule, find: Callable[[fx.Graph, fx.Node], Local | None]) -> int:
-    """Replace what `find` reads from each node, where the replacement has the same values; returns how many."""
+    """Replace what `find` reads from each node, where the values stay the same; returns how many."""
     normalise(graph_module)
     graph = graph_module.graph
     probes = make_probes(graph_module, ())

@@ -63,16 +63,18 @@ def _is_product(node: Any) -> bool:
 
 def _rotated(node: Any) -> fx.Node | None:
     """`cat(-x[..., D/2:], x[..., :D/2])`: x."""
-    if not (isinstance(node, fx.Node) and node.target is aten.cat.default and isinstance(node.args[0], (list, tuple))):
+    if not (
+        isinstance(node, fx.Node)
+        and node.target is aten.cat.default
+        and isinstance(node.args[0], (list, tuple))
+    ):
         return None
     parts = node.args[0]
     if len(parts) != 2 or not all(isinstance(p, fx.Node) for p in parts):
         return None
     high, low = parts
     assert isinstance(high, fx.Node)
-    if high.target is aten.neg.default:
-        high = high.args[0]
-    elif high.target is aten.mul.Tensor and high.args[1] == -1:
+    if high.target is aten.neg.default or (high.target is aten.mul.Tensor and high.args[1] == -1):
         high = high.args[0]
     else:
         return None

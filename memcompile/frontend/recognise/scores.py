@@ -59,7 +59,7 @@ def _one_number(node: fx.Node, before: fx.Node, probes: Probes) -> float:
         except Unevaluable as error:
             raise Refused(f"the scale of the scores cannot be evaluated ({error})") from error
         # zeros stand where a multiplied mask hides scores
-        found |= {float(v) for v in torch.as_tensor(values).unique() if v != 0}
+        found |= {float(v) for v in torch.as_tensor(values).flatten().tolist() if v != 0}
     if len(found) != 1:
         raise Refused(f"the scale of the scores is not one number ({node.name})")
     factor = found.pop()
@@ -72,7 +72,9 @@ def sides(match: Written | Fused) -> list[fx.Node]:
         return [match.mask] if match.mask is not None else []
     found = [match.queries_keys.addend] if match.queries_keys.addend is not None else []
     for before, node in zip(match.scores, match.scores[1:], strict=False):
-        found += [n for n in node.all_input_nodes if n is not before and isinstance(n.meta.get("val"), torch.Tensor)]
+        found += [
+            n for n in node.all_input_nodes if n is not before and isinstance(n.meta.get("val"), torch.Tensor)
+        ]
     return list(dict.fromkeys(found))
 
 
@@ -107,7 +109,9 @@ class _MaskWriter:
         if visible is not None and (value is None or value.meta["val"].dtype == torch.bool):
             return visible if value is None else self.emit.call(aten.logical_and.default, value, visible)
         if value is None and target is aten.add.Tensor and not node.kwargs:
-            return _other(node, before)  # type: ignore[return-value]
+            other = _other(node, before)
+            assert isinstance(other, fx.Node)
+            return other
         additive = self.additive(value)
         if target in SHAPE_OPERATIONS:
             shape = shape_of(before, self.emit.sizes)
@@ -145,7 +149,7 @@ def _is_hidden(value: Any) -> bool:
 
 
 def write_mask(match: Written | Fused, arrangement: Arrangement, emit: Emitter) -> fx.Node | None:
-    """Emit the mask as one tensor, bool (True: may look) or additive, broadcastable to [B,H,T,S]; None: no mask."""
+    """Emit the mask as one tensor, bool (True: may look) or additive, that fits [B,H,T,S]; None: no mask."""
     if isinstance(match, Fused):
         mask = match.mask
     else:

@@ -25,7 +25,7 @@ _LENGTHS = (1, 4, 7)
 
 
 def random_values(node: fx.Node, sizes: Any, generator: torch.Generator) -> torch.Tensor:
-    """Random values of a node's shape: wide normals, so that softmax, softcap and masks all show; or bools."""
+    """Random values of a node's shape: wide normals, so that softcap and masks show; or bools."""
     shape = shape_of(node, sizes)
     if node.meta["val"].dtype == torch.bool:
         return torch.rand(shape, generator=generator) > 0.4
@@ -38,7 +38,7 @@ def verify_attention(
 ) -> None:  # fmt: skip
     """Refuse unless `new` has the values of `old` at several lengths, batch 2.
 
-    head_output: the new attention's [B,H,T,D]; random_sides: masks computed from data, replaced by random ones.
+    head_output: the new attention's [B,H,T,D]; random_sides: masks computed from data, made random.
     Rows whose query is padding, or that see no key, mean nothing and are not compared.
     """
     q, k, v = (side.trace.source for side in (arrangement.q, arrangement.k, arrangement.v))
@@ -46,7 +46,9 @@ def verify_attention(
     for length in (1,) if probes.is_static else (*_LENGTHS, *extra):
         sizes = probes.sizes(length, 2)
         generator = torch.Generator().manual_seed(length)
-        known: dict[fx.Node, Any] = {n: random_values(n, sizes, generator) for n in dict.fromkeys((*random_sides, q, k, v))}
+        known: dict[fx.Node, Any] = {
+            n: random_values(n, sizes, generator) for n in dict.fromkeys((*random_sides, q, k, v))
+        }
         kept: torch.Tensor | None = None
         if facts.keep is not None:
             known[facts.keep], kept = random_marks(facts, sizes, seed=length)
@@ -81,7 +83,7 @@ def _meaningful_rows(
 def compare(wanted: Any, got: Any, shown: torch.Tensor | None, at: str) -> None:
     """Refuse unless both tensors are equal to `TOLERANCE` where `shown`; NaN never passes."""
     if wanted.shape != got.shape:
-        raise Refused(f"the replacement has shape {tuple(got.shape)} instead of {tuple(wanted.shape)} at {at}")
+        raise Refused(f"the replacement is {tuple(got.shape)}, not {tuple(wanted.shape)}, at {at}")
     if shown is not None:
         wanted, got = wanted[shown], got[shown]
     if wanted.numel() == 0:
