@@ -50,7 +50,7 @@ MEASURES: Final = (
     Measure("passkey_logprob", "passkey log-prob.", _logprob, False, has_ratio=False),
     Measure("prefill_seconds", "time to first token", format_seconds),
     Measure("decode_seconds_per_token", "time per token", format_seconds),
-    Measure("state_bytes", "state after the prompt", format_bytes),
+    Measure("state_bytes", "state after prompt", format_bytes),
     Measure("state_bytes_peak", "state at most", format_bytes),
     Measure("peak_memory_bytes", "peak memory", format_bytes),
     Measure("load_seconds", "time to load", format_seconds),
