@@ -61,6 +61,11 @@ def _files(destination: Path) -> tuple[str, ...]:
     return tuple(name for name in names if (destination / name).exists())
 
 
+def is_wide(program: Program, device: str) -> bool:
+    """Whether the lowered program computes in float32 whatever the model's type."""
+    return not (device == "cuda" and program.model.dtype == "float16")
+
+
 class _Step(torch.nn.Module):
     """The step graph behind the lowered interface; traced, not run."""
 
@@ -91,7 +96,7 @@ def _lower_step(program: Program, interface: StepInterface, destination: Path, d
     for index, group in enumerate(interface.groups):
         sizes |= {f"slots.{group.name}": 11 + 2 * index, f"capacity.{group.name}": 40 + 2 * index}
         sizes[f"observed.{group.name}"] = 7
-    module = _Step(graph, interface.groups, wide=device == "cpu")
+    module = _Step(graph, interface.groups, wide=is_wide(program, device))
     model = to_model(
         module,
         interface.inputs,
@@ -117,10 +122,11 @@ class _Forward(torch.nn.Module):
 
 def _lower_forward(program: Program, destination: Path, device: str) -> FunctionEntry:
     placeholders = [n for n in program.forward.graph.nodes if n.op == "placeholder"]
+    wide = is_wide(program, device)
     inputs, examples = [], []
     for spec, node in zip(program.inputs, placeholders, strict=True):
         value = node.meta["val"]
-        dtype = "float32" if value.is_floating_point() else spec.dtype
+        dtype = "float32" if value.is_floating_point() and wide else spec.dtype
         entry = TensorEntry(spec.name, dtype, tuple(_dim(dim) for dim in spec.dims))
         inputs.append(entry)
         sizes = {str(dim): _hint(size) for dim, size in zip(entry.dims, value.shape, strict=True)}
@@ -131,7 +137,7 @@ def _lower_forward(program: Program, destination: Path, device: str) -> Function
         )
         for spec in program.outputs
     ]
-    module = _Forward(inline_higher_order(program.forward), wide=device == "cpu")
+    module = _Forward(inline_higher_order(program.forward), wide=is_wide(program, device))
     model = to_model(module, inputs, outputs, examples)
     return write(model, destination / MODEL, inputs, outputs)
 

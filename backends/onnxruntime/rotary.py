@@ -18,7 +18,6 @@ _ELEMENTWISE = {
     aten.to.dtype_layout, aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default,
 }  # fmt: skip
 _WITH_SCALAR = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
-_LEADING_AXES = {aten.unsqueeze.default: 1, aten.select.int: 1, aten.index.Tensor: 0, aten.expand.default: 0}
 
 
 def halves_are_equal(node: Any) -> bool:

@@ -6,5 +6,6 @@ from memcompile.lowering.backend import BACKENDS, Backend, Lowered, Progress, ge
 from memcompile.lowering.decompose import DefinitionInterpreter, inline_higher_order
 
 __all__ = [
-    "BACKENDS", "Backend", "DefinitionInterpreter", "Lowered", "Progress", "get_backend", "inline_higher_order",
+    "BACKENDS", "Backend", "DefinitionInterpreter", "Lowered", "Progress", "get_backend",
+    "inline_higher_order",
 ]  # fmt: skip
