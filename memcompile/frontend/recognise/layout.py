@@ -113,8 +113,8 @@ def _arrange_fused(match: Fused, sizes: Sizes, batch_size: int | None, shallow: 
 
 
 def _arrange(
-    first: Product, second: Product, weights_are_left: bool, keys_are_left: bool, key_axis: str, score: Layout,
-    dim: int, sizes: Sizes, batch_size: int | None, shallow: bool, repeats: int = 1,
+    first: Product, second: Product, weights_are_left: bool, keys_are_left: bool, key_axis: str,
+    score: Layout, dim: int, sizes: Sizes, batch_size: int | None, shallow: bool, repeats: int = 1,
 ) -> Arrangement:  # fmt: skip
     q_node, k_node = (first.right, first.left) if keys_are_left else (first.left, first.right)
     q_axes, k_axes = (
@@ -163,7 +163,8 @@ def _arrange(
     k = traced(k_node, k_axes, k_labels, source_axis, True)
     v = traced(v_node, v_axes, v_labels, weight_axis, False)
     for found, axes, labels, frame in (
-        (q, q_axes, q_labels, source_axis), (k, k_axes, k_labels, source_axis), (v, v_axes, v_labels, weight_axis),
+        (q, q_axes, q_labels, source_axis), (k, k_axes, k_labels, source_axis),
+        (v, v_axes, v_labels, weight_axis),
         (q, q_axes, q_labels, source_axis), (k, k_axes, k_labels, source_axis),
     ):  # fmt: skip
         _align_all(found, axes, labels, score, frame)
