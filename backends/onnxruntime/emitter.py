@@ -45,9 +45,9 @@ def _first_of(first: Lowering, second: Lowering) -> Lowering:
 class Emitter(DefinitionInterpreter):
     """Interprets one graph. `memo` holds values that several nodes share, such as a group's mask.
 
-    `tables` maps the name of a position-table placeholder to a mask whose sum over a row is its count of keys,
-    and "position_ids" to the positions of the queries, where the graph has them. `wide` is set where the device
-    computes in float32 only: other float types are cast on the way in.
+    `tables` maps the name of a position-table placeholder to a mask whose sum over a row is its count of
+    keys, and "position_ids" to the positions of the queries, where the graph has them. `wide` is set where
+    the device computes in float32 only: other float types are cast on the way in.
     """
 
     def __init__(self, graph_module: fx.GraphModule, *, wide: bool = False) -> None:

@@ -44,6 +44,9 @@ def to_model(
     try:
         with _quiet(), torch.no_grad():
             program = torch.export.export(module, tuple(examples), dynamic_shapes=(dynamic,), strict=False)
+            # what lowerings looked through is dead now, and the exporter would trace it twice more
+            program.graph_module.graph.eliminate_dead_code()
+            program.graph_module.recompile()
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
