@@ -51,14 +51,14 @@ class Comparison:
     ratio: float
     lowest_ratio: float
     highest_ratio: float
-    wanted: float
+    wanted: float | None
 
     @property
     def passed(self) -> bool:
-        return self.ratio <= self.wanted
+        return self.wanted is None or self.ratio <= self.wanted
 
 
-# never slower; at most 60% of the memory (the target is for the longest prompt, shown for all)
+# never slower; at the longest prompt at most 60% of the memory
 WANTED: Final = {"prefill_seconds": 1.0, "decode_seconds_per_token": 1.0, "peak_memory_bytes": 0.6}
 
 
@@ -124,9 +124,10 @@ def read_genai(folder: Path, prompt_tokens: int, threads: int) -> Reading:
 
 
 def _peak() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # ru_maxrss would do but for one thing: a process starts with its parent's value, and the parent holds a model
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
 
 
 def in_own_process(side: str, folder: Path, prompt_tokens: int, threads: int) -> Reading:
@@ -144,6 +145,7 @@ def in_own_process(side: str, folder: Path, prompt_tokens: int, threads: int) ->
 def compare(readings: Sequence[Reading]) -> list[Comparison]:
     """Pair the runs of the two sides in the order they were taken."""
     found = []
+    longest = max(r.prompt_tokens for r in readings)
     for prompt_tokens in dict.fromkeys(r.prompt_tokens for r in readings):
         for metric, wanted in WANTED.items():
             left, right = (
@@ -164,7 +166,7 @@ def compare(readings: Sequence[Reading]) -> list[Comparison]:
                     statistics.median(ratios),
                     min(ratios),
                     max(ratios),
-                    wanted,
+                    wanted if metric != "peak_memory_bytes" or prompt_tokens == longest else None,
                 )
             )
     return found
@@ -264,13 +266,13 @@ def show(result: dict[str, Any]) -> None:
         )
         table.add_row(
             str(c["prompt_tokens"]),
-            c["metric"],
+            {"prefill_seconds": "prefill", "decode_seconds_per_token": "decode"}.get(c["metric"], "peak"),
             f"{c['genai'] * scale:.1f} {unit}",
             f"{c['memcompile'] * scale:.1f} {unit}",
             f"{c['ratio']:.2f}",
             f"{c['lowest_ratio']:.2f}-{c['highest_ratio']:.2f}",
-            f"<= {c['wanted']:.2f}",
-            "ok" if c["passed"] else "missed",
+            "" if c["wanted"] is None else f"<= {c['wanted']:.2f}",
+            "" if c["wanted"] is None else "ok" if c["passed"] else "missed",
         )
     console = Console()
     console.print(table)
