@@ -124,7 +124,7 @@ def read_genai(folder: Path, prompt_tokens: int, threads: int) -> Reading:
 
 
 def _peak() -> int:
-    # ru_maxrss would do but for one thing: a process starts with its parent's value, and the parent holds a model
+    # not ru_maxrss: a process starts with its parent's value, and the parent holds a model
     status = Path("/proc/self/status").read_text(encoding="ascii")
     line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
@@ -259,7 +259,7 @@ def show(result: dict[str, Any]) -> None:
 
     table = Table(title=f"plain export, {result['threads']} threads, {result['repeats']} runs a side")
     for heading in ("prompt", "metric", "genai", "memcompile", "ratio", "spread", "wanted", ""):
-        table.add_column(heading, justify="left" if heading == "metric" else "right")
+        table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=True)
     for c in result["comparisons"]:
         scale, unit = {"prefill_seconds": (1.0, "s"), "decode_seconds_per_token": (1e3, "ms")}.get(
             c["metric"], (2**-20, "MiB")
@@ -274,7 +274,7 @@ def show(result: dict[str, Any]) -> None:
             "" if c["wanted"] is None else f"<= {c['wanted']:.2f}",
             "" if c["wanted"] is None else "ok" if c["passed"] else "missed",
         )
-    console = Console()
+    console = Console(width=110)
     console.print(table)
     console.print(
         f"capture and lowering: {result['capture_and_lowering_seconds']:.1f} s (wanted: under 60 s)"
