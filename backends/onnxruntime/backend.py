@@ -37,7 +37,10 @@ class OnnxRuntimeBackend:
         """
         if device not in DEVICES:
             raise MemcompileError(
-                "MC112", f"unknown device {device!r} for onnxruntime; known: {', '.join(DEVICES)}"
+                "MC112",
+                f"unknown device {device!r} for onnxruntime",
+                where="target.device",
+                fix=f"use one of {', '.join(DEVICES)}",
             )
         chunk = PrefillEntry(CHUNK_TOKENS)
         if program.step is None:
