@@ -178,7 +178,10 @@ class Manifest:
         try:
             return json.dumps(self.as_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
         except (TypeError, ValueError) as error:
-            raise MemcompileError("MC509", f"the manifest holds a value that JSON cannot: {error}") from error
+            raise MemcompileError(
+                "MC509", f"the manifest holds a value that JSON cannot: {error}",
+                fix="give finite numbers and texts only, in the plan, calibrations and gates alike",
+            ) from error  # fmt: skip
 
 
 def parse_manifest(text: str, where: str = MANIFEST) -> Manifest:
@@ -223,7 +226,10 @@ def read_manifest(directory: Path) -> Manifest:
     except UnicodeDecodeError as error:
         raise _invalid("not UTF-8 text", str(path)) from error
     except OSError as error:
-        raise MemcompileError("MC506", f"the manifest cannot be read: {error}", where=str(path)) from error
+        raise MemcompileError(
+            "MC506", f"the manifest cannot be read: {error}", where=str(path),
+            fix="allow reading the file, or copy the whole directory again",
+        ) from error  # fmt: skip
     return parse_manifest(text, str(path))
 
 

@@ -58,8 +58,9 @@ def open_artifact(path: str | os.PathLike[str], *, check_digests: bool = True) -
     where = str(directory / MANIFEST)
     for name in sorted(used - wanted):
         raise MemcompileError(
-            "MC505", f"the manifest uses {name!r} but does not list it in files", where=where
-        )
+            "MC505", f"the manifest uses {name!r} but does not list it in files", where=where,
+            fix="copy manifest.json again from where the artifact was made, or make the artifact again",
+        )  # fmt: skip
     for name in sorted(_files(directory) - wanted - {MANIFEST}):
         raise MemcompileError(
             "MC505", f"the directory holds {name!r}, which the manifest does not list", where=where,
@@ -114,7 +115,10 @@ def _check_size(directory: Path, name: str, entry: FileEntry) -> None:
             fix="copy the whole directory again, or make the artifact again",
         ) from error  # fmt: skip
     if not stat.S_ISREG(status.st_mode):
-        raise MemcompileError("MC506", f"{name} is not a regular file", where=str(path))
+        raise MemcompileError(
+            "MC506", f"{name} is not a regular file", where=str(path),
+            fix="put the file itself there: copy the whole directory again, or make the artifact again",
+        )  # fmt: skip
     if status.st_size != entry.bytes:
         raise MemcompileError(
             "MC506", f"{name} has {status.st_size} bytes, the manifest says {entry.bytes}", where=str(path),
@@ -140,7 +144,10 @@ def sha256_of(path: Path) -> str:
             while block := file.read(_BLOCK_BYTES):
                 digest.update(block)
     except OSError as error:
-        raise MemcompileError("MC506", f"{path.name} cannot be read: {error}", where=str(path)) from error
+        raise MemcompileError(
+            "MC506", f"{path.name} cannot be read: {error}", where=str(path),
+            fix="allow reading the file, or copy the whole directory again",
+        ) from error  # fmt: skip
     return digest.hexdigest()
 
 

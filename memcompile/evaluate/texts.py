@@ -92,7 +92,12 @@ class TokenSource:
         text = self._text or ""
         sample = self.encode(text[:_SAMPLE_CHARACTERS])
         if not sample:
-            raise MemcompileError("MC121", "the evaluation text is empty", where="data.evaluation.text")
+            raise MemcompileError(
+                "MC121",
+                "the evaluation text is empty",
+                where="data.evaluation.text",
+                fix="give a file of running text with at least workload.prompt_tokens tokens",
+            )
         per_token = min(len(text), _SAMPLE_CHARACTERS) / len(sample)
         # a quarter more than the estimate: passages differ in characters per token
         span = int(tokens * per_token * 1.25) + 64

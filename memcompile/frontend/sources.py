@@ -92,7 +92,12 @@ def _load_folder(folder: Path, dtype: str | None) -> LoadedModel:
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise MemcompileError("MC202", f"config.json is not JSON: {error}", where=str(config_file)) from error
+        raise MemcompileError(
+            "MC202",
+            f"config.json is not JSON: {error}",
+            where=str(config_file),
+            fix="write the folder again with save_pretrained, or download config.json again",
+        ) from error
     return _from_pretrained(folder, _architecture(config, config_file), dtype, {})
 
 
@@ -161,7 +166,12 @@ def _from_pretrained(folder: Path, class_name: str, dtype: str | None, extra: di
                 )
             except Exception as error:
                 raise MemcompileError(
-                    "MC202", f"the tokenizer could not be read: {error}", where=where
+                    "MC202",
+                    f"the tokenizer could not be read: {error}",
+                    where=where,
+                    fix="use a Hugging Face folder: transformers does not read this file's tokenizer"
+                    if extra
+                    else "write tokenizer.json and tokenizer_config.json again, or remove both to go without",
                 ) from error
     return LoadedModel(module.eval(), tokenizer, folder if not extra else None)
 

@@ -91,8 +91,8 @@ class Program:
     inputs and outputs, and `compress` when the plan evicts tokens after prefill. Placeholders of `step`, in
     order: input_ids [B,T], position_ids [B,T], logit_positions [B,N] (rows whose logits are wanted; negative
     counts from the end), positions_<group> [B,P+T] for each group, past_key/past_value for each state,
-    observed_<region> for each state that observes. Outputs: logits [B,N,V], then key and value for each state,
-    then observed.
+    observed_<region> for each state that observes. Outputs: logits [B,N,V], then key and value for each
+    state, then observed.
     """
 
     forward: fx.GraphModule

@@ -67,6 +67,9 @@ def make_step(program: Program) -> Program:
                 f"attention {region.path or region.region} has a {region.mask.kind} mask, "
                 "so decoding cannot continue it token by token",
                 where=region.path,
+                fix="leave attention_mask out of the example inputs: prompts are padded without it"
+                if region.mask.kind == "padding"
+                else "use a model whose masks follow from positions alone (causal, or a sliding window)",
             )
     groups, assigned = assign_groups(regions)
     states = tuple(_state(region, assigned[region.region]) for region in regions)

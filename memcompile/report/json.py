@@ -31,9 +31,19 @@ def read_json(path: Path) -> Document:
             fix="run `memcompile eval` on the artifact",
         ) from problem
     except (OSError, ValueError) as problem:
-        raise MemcompileError("MC505", f"the report cannot be read: {problem}", where=str(path)) from problem
+        raise MemcompileError(
+            "MC505",
+            f"the report cannot be read: {problem}",
+            where=str(path),
+            fix="write it again: run `memcompile eval` on the artifact",
+        ) from problem
     if not isinstance(document, dict) or document.get("kind") != "memcompile-report":
-        raise MemcompileError("MC505", "the file is not a memcompile report", where=str(path))
+        raise MemcompileError(
+            "MC505",
+            "the file is not a memcompile report",
+            where=str(path),
+            fix=f"give a {REPORT_JSON} that `memcompile optimize` or `memcompile eval` wrote",
+        )
     schema = document.get("schema")
     if not isinstance(schema, int) or schema > SCHEMA:
         raise MemcompileError(

@@ -113,13 +113,16 @@ def generate(
     Raises MC130 (prompt too long), MC131 (empty), MC120 (max_new_tokens below 1).
     """
     if max_new_tokens < 1:
-        raise MemcompileError("MC120", f"max_new_tokens is {max_new_tokens}, it must be at least 1")
+        raise MemcompileError(
+            "MC120", f"max_new_tokens is {max_new_tokens}, it must be at least 1",
+            fix="raise max_new_tokens; prefill alone gives the logits after a prompt without new tokens",
+        )  # fmt: skip
     if isinstance(prompts, str):
         raise MemcompileError(
             "MC120", "prompts is one text, it must be a list of prompts", fix="give [prompt]"
         )
     if not prompts:
-        raise MemcompileError("MC131", "there are no prompts")
+        raise MemcompileError("MC131", "there are no prompts", fix="give at least one text or token list")
     if tokenizer is None and (stop or any(isinstance(prompt, str) for prompt in prompts)):
         raise MemcompileError(
             "MC120", "texts and stop strings need a tokenizer, and this model has none", fix="give token ids"

@@ -25,20 +25,16 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value, good, range_ in (
-            (
-                "temperature",
-                self.temperature,
-                math.isfinite(self.temperature) and self.temperature >= 0,
-                "0 or more",
-            ),
-            ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("seed", self.seed, self.seed >= 0, "0 or more"),
+        warm = math.isfinite(self.temperature) and self.temperature >= 0
+        for name, value, good, range_, fix in (
+            ("temperature", self.temperature, warm, "0 or more", "0 always takes the likeliest token"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 or more", "0 keeps every token"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1", "1 keeps every token"),
+            ("seed", self.seed, self.seed >= 0, "0 or more", "any number from 0 on; equal seeds draw alike"),
         ):
             if not good:
                 raise MemcompileError(
-                    "MC120", f"{name} is {value}, it must be {range_}", where=f"sampling.{name}"
+                    "MC120", f"{name} is {value}, it must be {range_}", where=f"sampling.{name}", fix=fix
                 )
 
 

@@ -38,6 +38,7 @@ class Session:
                 "MC112",
                 f"the artifact is for backend {self.manifest.backend!r}, this runtime runs 'onnxruntime'",
                 where=str(artifact.path),
+                fix="make the artifact again with target.backend: onnxruntime",
             )  # fmt: skip
         self._functions = {
             name: open_function(artifact, name, self.provider, self.threads)
@@ -67,7 +68,10 @@ class Session:
             ("new_tokens", new_tokens, 0),
         ):
             if value < low:
-                raise MemcompileError("MC120", f"{name} is {value}, it must be at least {low}")
+                raise MemcompileError(
+                    "MC120", f"{name} is {value}, it must be at least {low}",
+                    fix="give the number of prompts, the length of the longest, and the tokens to follow",
+                )  # fmt: skip
         self._check_positions(prompt_tokens)
         return State(self.manifest, batch, prompt_tokens, new_tokens, device=self.provider)
 
@@ -88,7 +92,10 @@ class Session:
         if state.phase != NEW:
             raise MemcompileError("MC120", "this state has been prefilled already", fix="make a new state")
         if len(rows) != state.batch:
-            raise MemcompileError("MC120", f"{len(rows)} prompts for a state of {state.batch} rows")
+            raise MemcompileError(
+                "MC120", f"{len(rows)} prompts for a state of {state.batch} rows",
+                fix=f"make the state with batch={len(rows)}",
+            )  # fmt: skip
         for row in rows:
             self._check_prompt(row, state)
         results = []
@@ -133,8 +140,9 @@ class Session:
         given = np.asarray(tokens, np.int64)
         if given.shape != (state.batch,):
             raise MemcompileError(
-                "MC120", f"decode needs {state.batch} tokens, one a row; got shape {given.shape}"
-            )
+                "MC120", f"decode needs {state.batch} tokens, one a row; got shape {given.shape}",
+                fix="give one token a row; extend takes several tokens of a single row",
+            )  # fmt: skip
         self._check_positions(int(state.lengths.max()) + 1)
         state.count_new(1)
         state.reserve_one_each()
@@ -143,9 +151,14 @@ class Session:
     def extend(self, state: State, tokens: Sequence[int], *, on_logits: OnLogits | None = None) -> Logits:
         """Append known tokens to the single row of a prefilled state; gives the logits after each, [T,V]."""
         if state.batch != 1:
-            raise MemcompileError("MC120", f"extend needs a state of one row, this one has {state.batch}")
+            raise MemcompileError(
+                "MC120", f"extend needs a state of one row, this one has {state.batch}",
+                fix="make a state with batch=1 for each prompt, or decode one token of every row at a time",
+            )  # fmt: skip
         if not len(tokens):
-            raise MemcompileError("MC131", "there are no tokens to extend with")
+            raise MemcompileError(
+                "MC131", "there are no tokens to extend with", fix="give one or more tokens"
+            )
         self._check_positions(int(state.lengths[0]) + len(tokens))
         state.count_new(len(tokens))
         logits = self._feed(state, 0, np.asarray(tokens, np.int64), True, on_logits)
@@ -227,6 +240,7 @@ class Session:
                 "MC505",
                 f"compress takes {len(names)} inputs, the evicted groups and their states make {len(values)}",
                 where=str(self.artifact.path),
+                fix="make the artifact again: its manifest and its compress graph are not of one run",
             )  # fmt: skip
         return dict(zip(names, values, strict=True))
 
@@ -250,7 +264,10 @@ class Session:
             )  # fmt: skip
         vocab = self.manifest.model.vocab_size
         if vocab and not 0 <= min(row) <= max(row) < vocab:
-            raise MemcompileError("MC120", f"the prompt has token ids outside 0..{vocab - 1}")
+            raise MemcompileError(
+                "MC120", f"the prompt has token ids outside 0..{vocab - 1}",
+                fix="encode the text with the artifact's own tokenizer",
+            )  # fmt: skip
 
     def _check_positions(self, tokens: int) -> None:
         limit = self.manifest.model.max_positions
@@ -272,9 +289,11 @@ def open_function(artifact: Artifact, name: str, provider: str, threads: int) ->
     try:
         session = ort.InferenceSession(str(artifact.file(entry.file)), options, providers=providers)
     except Exception as error:
+        made_with = artifact.manifest.environment.get("onnxruntime", "another version")
         raise MemcompileError(
             "MC505", f"ONNX Runtime {ort.__version__} does not load {entry.file}: {error}",
             where=str(artifact.path / entry.file),
+            fix=f"install the onnxruntime it was made with ({made_with}), or make the artifact again",
         ) from error  # fmt: skip
     if PROVIDERS[provider] not in session.get_providers():
         raise _unavailable(provider, f"ONNX Runtime fell back to {', '.join(session.get_providers())}")
@@ -332,4 +351,5 @@ def _check_interface(artifact: Artifact, name: str, entry: FunctionEntry, sessio
             raise MemcompileError(
                 "MC505", f"functions.{name} lists {what}: {', '.join(sorted(wrong))}",
                 where=str(artifact.path / entry.file),
+                fix="copy the whole directory again, or make the artifact again",
             )  # fmt: skip

@@ -45,8 +45,9 @@ class Tokenizer:
             tokenizer = Tokenizers.from_file(str(path))
         except Exception as error:
             raise MemcompileError(
-                "MC506", f"{entry.file} is not a tokenizer: {error}", where=str(path)
-            ) from error
+                "MC506", f"{entry.file} is not a tokenizer: {error}", where=str(path),
+                fix="upgrade the package tokenizers, or copy the file again; token ids work without it",
+            ) from error  # fmt: skip
         tokenizer.no_padding()
         tokenizer.no_truncation()
         bos = artifact.manifest.model.bos_token_id if entry.add_bos else None
