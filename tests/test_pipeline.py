@@ -29,7 +29,13 @@ def test_artifact_report_and_measurements_of_original_and_rewritten(tmp_path: Pa
         str(source), plan, tmp_path / "out", compare_with_source=False, quick=True
     ).as_dict()
     assert result["artifact"] == str(tmp_path / "out")
-    for name in ("perplexity", "prefill_seconds", "decode_seconds_per_token", "peak_memory_bytes", "state_bytes"):
+    for name in (
+        "perplexity",
+        "prefill_seconds",
+        "decode_seconds_per_token",
+        "peak_memory_bytes",
+        "state_bytes",
+    ):
         assert result["original"][name] > 0
         assert result["rewritten"][name] > 0
     assert result["rewritten"]["kl"] > 0

@@ -24,8 +24,6 @@ def test_an_unknown_backend_names_the_known_ones() -> None:
 
 def test_an_unknown_device_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     program = build_program(capture(tiny_model("llama")))
-    with pytest.raises(
-        MemcompileError, match=r"MC112 unknown device 'tpu' for onnxruntime"
-    ):
+    with pytest.raises(MemcompileError, match=r"MC112 unknown device 'tpu' for onnxruntime"):
         get_backend("onnxruntime").lower(program, tmp_path, device="tpu", progress=lambda _: None)
     assert list(tmp_path.iterdir()) == []
