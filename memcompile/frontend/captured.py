@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,10 +64,23 @@ def export_graph(
         raise MemcompileError(
             "MC204",
             f"torch.export could not trace {type(module).__name__}: {first}",
-            where=type(module).__module__,
+            where=_line_of_forward(error) or type(module).__module__,
             fix="make the forward pass traceable: no branches or loops on tensor values, "
             "and example inputs that the module accepts",
         ) from error
+
+
+def _line_of_forward(error: Exception) -> str | None:
+    """The file and line of the model's own code that torch stopped at, if it came that far."""
+    torch_folder = Path(torch.__file__).parent
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if torch_folder not in Path(frame.filename).parents
+    ]
+    if not any(frame.name == "forward" for frame in frames):
+        return None
+    return f"{frames[-1].filename}:{frames[-1].lineno}"
 
 
 def flatten_program(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from memcompile.errors import MemcompileError
-from memcompile.frontend import capture
+from memcompile.frontend import capture, huggingface
 from memcompile.frontend.captured import Captured
 from memcompile.regions import attention_regions
 from tests.models import FAMILIES, WINDOW_TOKENS, example_inputs, save_tiny, tiny_model
@@ -110,6 +112,35 @@ def test_refuses_an_architecture_it_does_not_know(tmp_path: Path) -> None:
     with pytest.raises(MemcompileError, match=r"MC203.*NoSuchForCausalLM") as caught:
         capture(str(tmp_path))
     assert caught.value.exit_code == 3
+
+
+class Branching(torch.nn.Module):
+    """Takes one of two ways, depending on the values it is given."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x.sum() > 0 else x
+
+
+def test_refuses_a_branch_on_tensor_values_and_shows_its_line() -> None:
+    with pytest.raises(MemcompileError, match=r"MC204 torch.export could not trace Branching") as caught:
+        capture(Branching(), torch.ones(2, 5, 8))
+    assert caught.value.exit_code == 3
+    line = inspect.getsourcelines(Branching.forward)[1] + 1
+    assert caught.value.where == f"{__file__}:{line}"
+    assert "no branches or loops on tensor values" in (caught.value.fix or "")
+
+
+def test_refuses_a_graph_that_differs_from_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = huggingface._attention
+
+    def sharper(*args: Any, scaling: float, **options: Any) -> tuple[torch.Tensor, None]:
+        return attention(*args, scaling=2 * scaling, **options)
+
+    monkeypatch.setattr(huggingface, "_attention", sharper)
+    with pytest.raises(MemcompileError, match=r"MC204 .* LlamaForCausalLM differs from the model") as caught:
+        capture(tiny_model("llama"))
+    assert caught.value.where == "LlamaForCausalLM"
+    assert "its attention does something" in (caught.value.fix or "")
 
 
 def test_refuses_a_module_without_example_inputs() -> None:
