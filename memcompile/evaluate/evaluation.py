@@ -191,10 +191,9 @@ class _Run:
         )
         if not settings.passkey_depths:
             return [perplexity]
-        return [
-            perplexity,
-            Task("passkey", {**self._common, "depths": list(settings.passkey_depths)}, dict(self._text)),
-        ]
+        # the text is no part of it: the haystack is always the same filler
+        common = {name: self._common[name] for name in ("seed", "prompt_tokens")}
+        return [perplexity, Task("passkey", {**common, "depths": list(settings.passkey_depths)})]
 
     def _against(self, role: str) -> dict[str, str]:
         """What a result is compared with belongs to what decides it."""
@@ -245,10 +244,10 @@ def _conclude(measured: dict[str, Metrics], manifest: Manifest, settings: Evalua
         notes.append(
             "no text or no tokenizer: seeded random tokens were used; perplexity means nothing on them"
         )
-    elif settings.passkey_depths and manifest.model.causal and rewritten.passkey_accuracy is None:
-        notes.append(
-            f"passkey retrieval was left out: a prompt of {settings.prompt_tokens} tokens is too short"
-        )
+    if settings.passkey_depths and manifest.model.causal and rewritten.passkey_accuracy is None:
+        short = f"a prompt of {settings.prompt_tokens} tokens is too short"
+        why = "the artifact has no tokenizer" if manifest.tokenizer is None else short
+        notes.append(f"passkey retrieval was left out: {why}")
     if settings.windows_in_budget() < settings.windows:
         notes.append(f"the text budget pays for {settings.windows_in_budget()} of {settings.windows} windows")
     prediction = None

@@ -17,8 +17,9 @@ class EvaluationSettings:
     """The protocol's numbers; docs/concepts/evaluation.md says what each one does.
 
     `text` is the held-out text (plain, .gz, .xz or .bz2); without one, or without a tokenizer, seeded random
-    tokens take its place and passkey retrieval is left out. `text_tokens` bounds the tokens that perplexity
-    and KL may read. `opener` is the "module:function" that opens an artifact in the worker process.
+    tokens take its place; without a tokenizer, passkey retrieval is left out. `text_tokens` bounds the tokens
+    that perplexity and KL may read. `opener` is the "module:function" that opens an artifact in the worker
+    process.
     """
 
     prompt_tokens: int = 4000

@@ -58,6 +58,11 @@ class TokenSource:
         self.chat = tokenizer_facts.chat if tokenizer_facts is not None else None
 
     @property
+    def has_tokenizer(self) -> bool:
+        """Whether text can be made tokens."""
+        return self._tokenizer is not None
+
+    @property
     def synthetic(self) -> bool:
         """Whether windows are random tokens because there is no text or no tokenizer."""
         return self._text is None or self._tokenizer is None

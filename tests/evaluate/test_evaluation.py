@@ -64,11 +64,11 @@ def test_measures_everything_the_report_names(tmp_path: Path, settings: Evaluati
 
 
 def test_a_lost_past_shows_in_passkey_and_divergence(tmp_path: Path, settings: EvaluationSettings) -> None:
-    evaluation = evaluate(write_toy(tmp_path / "a"), write_toy(tmp_path / "b", keep=200), settings)
+    evaluation = evaluate(write_toy(tmp_path / "a"), write_toy(tmp_path / "b", keep=140), settings)
     assert evaluation.original is not None
     original, rewritten = evaluation.original, evaluation.rewritten
     assert original.passkey_accuracy == 1.0
-    # only what lies inside the last 200 characters survives, and no depth here does
+    # only what lies inside the last 140 characters survives, and no depth here does
     assert rewritten.passkey_accuracy == 0.0
     assert original.passkey_logprob is not None
     assert rewritten.passkey_logprob is not None
@@ -170,6 +170,21 @@ def test_without_a_tokenizer_random_tokens_are_used_and_said(
     assert evaluation.rewritten.kl is not None
     assert evaluation.rewritten.passkey_accuracy is None
     assert "random tokens" in evaluation.notes[0]
+    assert evaluation.notes[1] == "passkey retrieval was left out: the artifact has no tokenizer"
+
+
+def test_passkeys_need_no_text(tmp_path: Path, settings: EvaluationSettings) -> None:
+    without = dataclasses.replace(settings, text=None, windows=1, passkey_depths=(0.5,))
+    evaluation = evaluate(None, write_toy(tmp_path / "a"), without)
+    assert evaluation.rewritten.passkey_accuracy == 1.0
+    assert [note.partition(":")[0] for note in evaluation.notes] == ["no text or no tokenizer"]
+
+
+def test_a_prompt_too_short_for_a_haystack_is_said(tmp_path: Path, settings: EvaluationSettings) -> None:
+    settings = dataclasses.replace(settings, prompt_tokens=200, windows=1)
+    evaluation = evaluate(None, write_toy(tmp_path / "a"), settings)
+    assert evaluation.rewritten.passkey_accuracy is None
+    assert evaluation.notes == ("passkey retrieval was left out: a prompt of 200 tokens is too short",)
 
 
 def test_models_called_once_are_compared_by_their_outputs(tmp_path: Path) -> None:
