@@ -28,7 +28,7 @@ from memcompile.regions import attention_regions
 from memcompile.report import write_reports
 from memcompile.rewrite.manager import RewriteResult, apply
 
-CALIBRATION_WINDOW_TOKENS = 2048
+CALIBRATION_WINDOW_TOKENS = 512
 JSON_SCHEMA = 1
 # characters of text to read for a token, more than any tokenizer averages on prose
 _CHARACTERS_PER_TOKEN = 8
@@ -274,5 +274,20 @@ def _calibration(captured: Captured, plan: Plan, windows: Windows | None) -> Cal
         return None
     content = read_text(plan.text_path(text))[: text.tokens * _CHARACTERS_PER_TOKEN]
     tokens = captured.tokenizer(content, verbose=False).input_ids[: text.tokens]
-    limit = captured.model.max_positions or CALIBRATION_WINDOW_TOKENS
-    return CalibrationData(token_windows(tokens, min(CALIBRATION_WINDOW_TOKENS, limit, len(tokens))))
+    windows = token_windows(tokens, min(CALIBRATION_WINDOW_TOKENS, len(tokens)))
+    span = plan.workload.prompt_tokens + plan.workload.new_tokens
+    return CalibrationData(_spread(windows, min(span, captured.model.max_positions or span)))
+
+
+def _spread(windows: Windows, span: int) -> tuple[dict[str, torch.Tensor], ...]:
+    """Shift the windows' positions evenly over `span` tokens.
+
+    Keys are cached after their rotary embedding: a channel that turns slowly reaches values at position 4,000
+    that it never has among the first 500, and a scale that did not see them clips them.
+    """
+    last = max(0, span - windows[0]["position_ids"].shape[1])
+    steps = max(1, len(windows) - 1)
+    return tuple(
+        {**window, "position_ids": window["position_ids"] + last * index // steps}
+        for index, window in enumerate(windows)
+    )

@@ -11,15 +11,16 @@ from torch import fx
 
 from memcompile.artifact.manifest import MASK_INPUT, FunctionEntry, GroupEntry, PrefillEntry, TensorEntry
 from memcompile.backends.onnxruntime import attention, dense, experts, layout, rotary  # noqa: F401  (register)
+from memcompile.backends.onnxruntime.compress import COMPRESS, COMPRESS_WEIGHTS, lower_compress
 from memcompile.backends.onnxruntime.emitter import Emitter
 from memcompile.backends.onnxruntime.export import WEIGHTS, example, to_model, write
 from memcompile.backends.onnxruntime.genai import GENAI_CONFIG, GENAI_MODEL, is_plain, write_genai
-from memcompile.backends.onnxruntime.interface import BATCH, StepInterface, cache_tensors, step_interface
+from memcompile.backends.onnxruntime.interface import StepInterface, step_interface
 from memcompile.errors import MemcompileError
 from memcompile.lowering import Lowered, Progress, inline_higher_order
 from memcompile.program import Program
 
-MODEL, COMPRESS, COMPRESS_WEIGHTS = "model.onnx", "compress.onnx", "compress.bin"
+MODEL: Final = "model.onnx"
 # bounds activations and score matrices; larger chunks were not faster (docs/backends/onnxruntime.md)
 CHUNK_TOKENS: Final = 512
 DEVICES: Final = ("cpu", "cuda")
@@ -52,7 +53,7 @@ class OnnxRuntimeBackend:
         functions = {"step": _lower_step(program, interface, destination, device)}
         if program.compress is not None:
             progress("lower compress")
-            functions["compress"] = _lower_compress(program, interface, destination)
+            functions["compress"] = lower_compress(program, interface, destination)
         if is_plain(interface.states, interface.groups):
             progress("lower genai")
             write_genai(program.model, interface.states, destination, MODEL, device=device)
@@ -155,40 +156,3 @@ def _dim(dim: int | str) -> int | str:
 
 def _hint(size: Any) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
-
-
-def _lower_compress(program: Program, interface: StepInterface, destination: Path) -> FunctionEntry:
-    """`compress`: inputs and outputs in the order of `memcompile.program.compress.Compress`."""
-    assert program.compress is not None
-    inputs: list[TensorEntry] = []
-    outputs: list[TensorEntry] = []
-    for group in interface.groups:
-        if group.evict is None:
-            continue
-        states = tuple(s for s in interface.states if s.group == group.name)
-        slots, kept = f"slots.{group.name}", f"kept.{group.name}"
-        inputs.append(TensorEntry(group.input, "int64", (BATCH, slots)))
-        outputs.append(TensorEntry(f"present_{group.input}", "int64", (BATCH, kept)))
-        observed = {t.name: t for t in interface.inputs}
-        for state in states:
-            for entry in cache_tensors((state,)):
-                inputs.append(TensorEntry(entry.name, entry.dtype, (*entry.dims[:2], slots, entry.dims[3])))
-            for entry in cache_tensors((state,), out=True):
-                outputs.append(TensorEntry(entry.name, entry.dtype, (*entry.dims[:2], kept, entry.dims[3])))
-            if state.observed_in:
-                inputs.append(observed[state.observed_in])
-    sizes = {"batch": 2}
-    for index, group in enumerate(interface.groups):
-        sizes |= {f"slots.{group.name}": 24 + 2 * index, f"observed.{group.name}": 7}
-    model = to_model(_Compress(program.compress), inputs, outputs, [example(e, sizes) for e in inputs])
-    return write(model, destination / COMPRESS, inputs, outputs, weights=COMPRESS_WEIGHTS)
-
-
-class _Compress(torch.nn.Module):
-    def __init__(self, compress: torch.nn.Module) -> None:
-        super().__init__()
-        self.compress = compress
-
-    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        results: tuple[torch.Tensor, ...] = self.compress(*inputs)
-        return results

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
+from torch import fx
 
 from memcompile.dialect.cache_codes import dequantize
 from memcompile.program.program import PositionGroup, Program, StateSpec
@@ -61,83 +63,81 @@ def _keys(scores: torch.Tensor, positions: torch.Tensor, spec: EvictSpec) -> tor
     return torch.where(valid, keys, BEFORE_ALL)
 
 
-class CompressGroup(torch.nn.Module):
-    """Evict from every cache of one group.
+class EvictState(torch.nn.Module):
+    """Evict from the cache of one state.
 
-    forward(positions [B,S], then for each state key, value and, if it observes, observed) gives the new
-    positions [B,K] (0..kept-1, then -1: every kept token stays visible) and each state's key and value.
+    forward(positions [B,S], key, value [B,G,S,D], then observed queries if the policy asks for them, then
+    k_scale and v_scale [G*D] if the cache is quantised) gives the new positions [B,K] (0..kept-1, then -1:
+    every kept token stays visible), key and value.
     """
 
-    def __init__(
-        self, group: PositionGroup, states: tuple[StateSpec, ...], scales: dict[str, torch.Tensor]
-    ) -> None:
+    def __init__(self, group: PositionGroup, state: StateSpec) -> None:
         super().__init__()
         self.group = group
-        self.states = states
-        for name, value in scales.items():
-            self.register_buffer(name, value, persistent=False)
+        self.state = state
 
-    def forward(self, positions: torch.Tensor, *caches: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        spec = self.group.evict
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        spec, state = self.group.evict, self.state
         assert spec is not None
-        remaining = list(caches)
-        results: list[torch.Tensor] = []
-        kept = torch.zeros(1)
-        slots = positions.unsqueeze(1)
-        for state in self.states:
-            key, value = remaining.pop(0), remaining.pop(0)
-            observed = remaining.pop(0) if state.observe_tokens else None
-            scores = spec.scorer(
-                self._wide(key, state, "k"), self._wide(value, state, "v"), observed, positions
-            )
-            slots, kept = choose_tokens(scores, positions, self.group)
-            index = slots.unsqueeze(-1).expand(-1, -1, -1, state.storage_width)
-            results += [torch.gather(key, 2, index), torch.gather(value, 2, index)]
+        positions, key, value, *remaining = inputs
+        observed = remaining.pop(0) if state.observe_tokens else None
+        wide_key, wide_value = key, value
+        if state.bits:
+            k_scale, v_scale = remaining
+            wide_key = dequantize(key, k_scale, state.bits, state.head_dim)
+            wide_value = dequantize(value, v_scale, state.bits, state.head_dim)
+        scores = spec.scorer(wide_key, wide_value, observed, positions)
+        slots, kept = choose_tokens(scores, positions, self.group)
+        index = slots.unsqueeze(-1).expand(-1, -1, -1, key.shape[-1])
         rank = torch.arange(slots.shape[2], device=positions.device).unsqueeze(0)
         new_positions = torch.where(rank < kept.unsqueeze(1), rank, -1)
-        return (new_positions, *results)
-
-    def _wide(self, cache: torch.Tensor, state: StateSpec, which: str) -> torch.Tensor:
-        if not state.bits:
-            return cache
-        return dequantize(cache, getattr(self, f"{which}_scale_{state.slug}"), state.bits, state.head_dim)
+        return new_positions, torch.gather(key, 2, index), torch.gather(value, 2, index)
 
 
-class Compress(torch.nn.Module):
-    """`compress` of a whole program: its evicted groups in order, each with its caches."""
+@dataclass(frozen=True)
+class Compress:
+    """`compress` of a program: which caches are evicted, and the scales of those that are quantised.
 
-    def __init__(self, groups: list[CompressGroup]) -> None:
-        super().__init__()
-        self.groups = torch.nn.ModuleList(groups)
+    As a whole it takes, for each evicted group, the positions and then each state's key, value and, if it
+    observes, observed queries; it gives the new positions and each state's key and value.
+    """
 
-    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Inputs and outputs of each group, one group after the other."""
+    groups: tuple[tuple[PositionGroup, tuple[StateSpec, ...]], ...]
+    scales: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+    def scales_of(self, state: StateSpec) -> tuple[torch.Tensor, ...]:
+        """k_scale and v_scale of a quantised state, nothing for others."""
+        return self.scales.get(state.region, ())
+
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         remaining = list(inputs)
         results: list[torch.Tensor] = []
-        for group in self.groups:
-            assert isinstance(group, CompressGroup)
-            count = 1 + sum(3 if s.observe_tokens else 2 for s in group.states)
-            mine, remaining = remaining[:count], remaining[count:]
-            results += group(*mine)
+        for group, states in self.groups:
+            positions, kept = remaining.pop(0), None
+            caches: list[torch.Tensor] = []
+            for state in states:
+                mine = [remaining.pop(0) for _ in range(3 if state.observe_tokens else 2)]
+                kept, *cache = EvictState(group, state)(positions, *mine, *self.scales_of(state))
+                caches += cache
+            assert kept is not None
+            results += [kept, *caches]
         return tuple(results)
 
 
 def make_compress(program: Program) -> Program:
     """Add `compress` when a group evicts; the program is unchanged otherwise."""
-    assert program.step is not None
-    scales: dict[str, dict[str, torch.Tensor]] = {}
-    by_region = {r.region: r for r in attention_regions(program.forward)}
-    groups = []
-    for group in program.groups:
-        if group.evict is None:
-            continue
-        states = program.states_of(group.name)
-        scales = {}
-        for state in states:
-            if state.bits:
-                node = by_region[state.region].node
-                for which in ("k", "v"):
-                    name = str(argument(node, f"{which}_scale").target)
-                    scales[f"{which}_scale_{state.slug}"] = program.forward.get_buffer(name)  # type: ignore[assignment]
-        groups.append(CompressGroup(group, states, scales))  # type: ignore[arg-type]
-    return replace(program, compress=Compress(groups)) if groups else program
+    groups = tuple((g, program.states_of(g.name)) for g in program.groups if g.evict is not None)
+    if not groups:
+        return program
+    nodes = {r.region: r.node for r in attention_regions(program.forward)}
+    scales = {
+        state.region: (_scale(program, nodes[state.region], "k"), _scale(program, nodes[state.region], "v"))
+        for _, states in groups
+        for state in states
+        if state.bits
+    }
+    return replace(program, compress=Compress(groups, scales))
+
+
+def _scale(program: Program, node: fx.Node, which: str) -> torch.Tensor:
+    return program.forward.get_buffer(str(argument(node, f"{which}_scale").target))

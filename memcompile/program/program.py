@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from memcompile.dialect.cache_codes import code_dtype, code_width
 from memcompile.regions import EvictSpec, ModelFacts, TensorSpec
+
+if TYPE_CHECKING:
+    from memcompile.program.compress import Compress
 
 PLAIN_GROUP = "full"
 
@@ -100,7 +103,7 @@ class Program:
     outputs: tuple[TensorSpec, ...]
     model: ModelFacts
     step: fx.GraphModule | None = None
-    compress: torch.nn.Module | None = None
+    compress: Compress | None = None
     states: tuple[StateSpec, ...] = ()
     groups: tuple[PositionGroup, ...] = ()
     logits_index: int | None = None
