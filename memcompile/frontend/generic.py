@@ -12,6 +12,7 @@ from memcompile.errors import MemcompileError
 from memcompile.frontend.captured import (
     Captured,
     describe_outputs,
+    evaluating,
     export_graph,
     flatten_program,
     tensor_spec,
@@ -42,19 +43,17 @@ def capture_module(module: torch.nn.Module, example_inputs: ExampleInputs) -> Ca
             "example_inputs must be one or more tensors",
             fix="pass a tensor, a tuple of tensors or a dict",
         )
-    was_training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            module(**named) if as_keywords else module(*named.values())
-    except Exception as error:
-        raise MemcompileError(
-            "MC205",
-            f"{type(module).__name__} does not accept the example inputs: {error}",
-            fix="check names, shapes and types of example_inputs",
-        ) from error
-    program = _export(module, named, as_keywords)
-    module.train(was_training)
+    with evaluating(module):
+        try:
+            with torch.no_grad():
+                module(**named) if as_keywords else module(*named.values())
+        except Exception as error:
+            raise MemcompileError(
+                "MC205",
+                f"{type(module).__name__} does not accept the example inputs: {error}",
+                fix="check names, shapes and types of example_inputs",
+            ) from error
+        program = _export(module, named, as_keywords)
     graph, rebuild, flat = flatten_program(program, _argument_names(program, named))
     refusals = recognise(graph, tuple(named.values()))
     recognise_norms(graph)

@@ -16,14 +16,21 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward
 
 from memcompile.errors import MemcompileError
-from memcompile.frontend.captured import BATCH, TOKENS, Captured, export_graph, flatten_program, tensor_spec
+from memcompile.frontend.captured import (
+    BATCH,
+    TOKENS,
+    Captured,
+    evaluating,
+    export_graph,
+    flatten_program,
+    tensor_spec,
+)
 from memcompile.frontend.recognise import recognise, recognise_norms, recognise_rotary
+from memcompile.frontend.verify import verify_capture
 from memcompile.regions import ModelFacts, attention_nodes
 
 INTERFACE = "memcompile"
 PROBE_TOKENS = 48
-# float32 sums in another order; larger differences mean another function
-VERIFY_TOLERANCE = 2e-3
 
 _ACTIVATION_NAMES = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
@@ -113,22 +120,20 @@ def interfaces(model: PreTrainedModel) -> Iterator[None]:
     attention = config._attn_implementation
     experts = getattr(config, "_experts_implementation", None)
     use_cache = getattr(config, "use_cache", None)
-    training = model.training
     try:
         model.set_attn_implementation(INTERFACE)
         if experts is not None:
             model.set_experts_implementation(INTERFACE)
         if use_cache is not None:
             config.use_cache = False
-        model.eval()
-        yield
+        with evaluating(model):
+            yield
     finally:
         model.set_attn_implementation(attention)
         if experts is not None:
             model.set_experts_implementation(experts)
         if use_cache is not None:
             config.use_cache = use_cache
-        model.train(training)
 
 
 def is_causal_lm(model: PreTrainedModel) -> bool:
@@ -146,9 +151,11 @@ def example_inputs_for(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         height, width = (size, size) if isinstance(size, int) else size
         return {"pixel_values": torch.zeros(2, config.num_channels, height, width)}
     vocabulary = int(config.get_text_config().vocab_size)
-    ids = torch.randint(0, vocabulary, (2, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or PROBE_TOKENS
+    tokens = min(PROBE_TOKENS, int(limit))
+    ids = torch.randint(0, vocabulary, (2, tokens), generator=torch.Generator().manual_seed(0))
     if is_causal_lm(model):
-        return {"input_ids": ids, "position_ids": torch.arange(PROBE_TOKENS).repeat(2, 1)}
+        return {"input_ids": ids, "position_ids": torch.arange(tokens).repeat(2, 1)}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -178,7 +185,7 @@ def capture_huggingface(
         # a model outside the attention interface: read it off the graph instead
         refusals = recognise(graph, tuple(traced.values()))
     logits = _logits_index(model, rebuild, flat) if causal else None
-    _verify(model, graph, traced, logits)
+    verify_capture(model, graph, traced, logits)
     config = model.config.get_text_config()
     facts = ModelFacts(
         family=str(model.config.model_type),
@@ -227,36 +234,6 @@ def _logits_index(model: PreTrainedModel, rebuild: Callable[..., Any], flat: lis
     index = output["logits"] if hasattr(output, "keys") else 0
     assert isinstance(index, int), f"{type(model).__name__} gives no logits"
     return index
-
-
-def _verify(
-    model: PreTrainedModel, graph: fx.GraphModule, inputs: dict[str, torch.Tensor], logits: int | None
-) -> None:
-    """Run model and graph on a probe: a mask or scale read wrongly shows as a different output."""
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        extra = {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
-        expected = model(**inputs, **extra)
-        got = graph(*inputs.values())
-    model.train(was_training)
-    expected_flat = [t for t in torch.utils._pytree.tree_leaves(expected) if isinstance(t, torch.Tensor)]
-    got_flat = [t for t in got if isinstance(t, torch.Tensor)]
-    pairs = zip(expected_flat, got_flat, strict=False)
-    if logits is not None:
-        pairs = zip([expected["logits"]], [got[logits]], strict=True)
-    for want, have in pairs:
-        size = float(want.detach().abs().max()) or 1.0
-        error = float((want.float() - have.float()).abs().max()) / size
-        tolerance = VERIFY_TOLERANCE if want.dtype == torch.float32 else 0.05
-        if not error <= tolerance:
-            raise MemcompileError(
-                "MC204",
-                f"the captured graph of {type(model).__name__} differs from the model by {error:.2e} "
-                f"of its largest output (allowed {tolerance:.0e})",
-                where=type(model).__name__,
-                fix="report this model: its attention does something that the capture does not know",
-            )
 
 
 def _first(value: Any) -> int | None:

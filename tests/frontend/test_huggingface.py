@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 from memcompile.errors import MemcompileError
 from memcompile.frontend import capture, huggingface
@@ -130,17 +131,49 @@ def test_refuses_a_branch_on_tensor_values_and_shows_its_line() -> None:
     assert "no branches or loops on tensor values" in (caught.value.fix or "")
 
 
-def test_refuses_a_graph_that_differs_from_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def _scale_read_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
     attention = huggingface._attention
 
     def sharper(*args: Any, scaling: float, **options: Any) -> tuple[torch.Tensor, None]:
-        return attention(*args, scaling=2 * scaling, **options)
+        return attention(*args, scaling=1.2 * scaling, **options)
 
     monkeypatch.setattr(huggingface, "_attention", sharper)
-    with pytest.raises(MemcompileError, match=r"MC204 .* LlamaForCausalLM differs from the model") as caught:
-        capture(tiny_model("llama"))
-    assert caught.value.where == "LlamaForCausalLM"
+
+
+@pytest.mark.usefixtures("_scale_read_wrongly")
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_refuses_a_graph_with_another_scale_and_leaves_the_model_as_it_was(family: str) -> None:
+    model = tiny_model(family).train()
+    frozen = model.get_submodule("model.norm" if family == "llama" else "embeddings").eval()
+    # tokens that are all alike hide a scale: the probe has others
+    alike = {"input_ids": torch.full((2, 9), 5)}
+    name = type(model).__name__
+    own = AttentionInterface()[model.config._attn_implementation]
+    with pytest.raises(
+        MemcompileError, match=rf"MC204 .* {name} differs from the model .* attention 0"
+    ) as caught:
+        capture(model, alike)
+    assert caught.value.where == name
     assert "its attention does something" in (caught.value.fix or "")
+    assert model.training
+    assert not frozen.training
+    assert AttentionInterface()[model.config._attn_implementation] is own
+
+
+@pytest.mark.parametrize(
+    ("module", "code"),
+    [
+        (torch.nn.Linear(3, 3), "MC205"),
+        (torch.nn.Sequential(Branching(), torch.nn.Dropout().eval()), "MC204"),
+    ],
+    ids=["inputs do not fit", "not traceable"],
+)
+def test_a_refused_capture_leaves_a_module_as_it_was(module: torch.nn.Module, code: str) -> None:
+    before = [part.training for part in module.modules()]
+    with pytest.raises(MemcompileError, match=code):
+        capture(module, torch.ones(2, 5, 8))
+    assert [part.training for part in module.modules()] == before
 
 
 def test_refuses_a_module_without_example_inputs() -> None:
@@ -153,3 +186,8 @@ def test_a_factory_is_a_source() -> None:
     assert len(attention_regions(captured.graph)) == 2
     with pytest.raises(MemcompileError, match="MC201"):
         capture("tests.models:no_such_factory")
+
+
+def test_a_model_with_fewer_positions_than_the_probe_is_captured() -> None:
+    captured = capture(tiny_model("gpt2", n_positions=40, n_layer=1))
+    assert captured.example_inputs["input_ids"].shape == (2, 40)
