@@ -47,16 +47,19 @@ def test_artifact_report_and_measurements_of_original_and_rewritten(tmp_path: Pa
 
 
 def test_an_unmet_gate_leaves_no_artifact_and_says_what_was_measured(tmp_path: Path) -> None:
-    plan = load_plan({**SECTIONS, "gates": {"state_bytes": {"max": 100}, "kl": {"max": 50.0}}})
+    plan = load_plan({**SECTIONS, "gates": {"state_bytes": {"max": 100}, "decode_speedup": {"min": 0.001}}})
     with pytest.raises(pipeline.GatesUnmet, match=r"MC401.*state_bytes") as caught:
         pipeline.optimize(capture(tiny_model("llama")), plan, tmp_path / "out", quick=True)
     assert caught.value.exit_code == 5
-    assert [(g.name, g.passed) for g in caught.value.result.gates] == [("kl", True), ("state_bytes", False)]
+    assert [(g.name, g.passed) for g in caught.value.result.gates] == [
+        ("state_bytes", False),
+        ("decode_speedup", True),
+    ]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_gates_cannot_be_skipped_silently(tmp_path: Path) -> None:
-    plan = load_plan({**SECTIONS, "gates": {"kl": {"max": 1.0}}})
+    plan = load_plan({**SECTIONS, "gates": {"state_bytes": {"max": "1MiB"}}})
     with pytest.raises(MemcompileError, match=r"MC120.*gates need the evaluation"):
         pipeline.optimize(capture(tiny_model("llama")), plan, tmp_path / "out", evaluate=False)
 
