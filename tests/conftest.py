@@ -67,6 +67,10 @@ def book() -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what uses the real model as slow, and skip what needs a GPU where there is none."""
     for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and "family" in callspec.params:
+            # one worker for a family: its capture is made once (tests.models.captured_tiny)
+            item.add_marker(pytest.mark.xdist_group(f"family {callspec.params['family']}"))
         if "smollm2_path" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
             # one worker: the others must not load and capture the same model again

@@ -7,13 +7,17 @@ prompts that tests use), so that a mixed-up axis or an ignored window shows.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from memcompile.frontend import Captured
 
 VOCAB_SIZE: Final = 128
 WINDOW_TOKENS: Final = 8
@@ -100,6 +104,14 @@ def tiny_model(family: str, **overrides: Any) -> nn.Module:
     return copy.deepcopy(_built(family, _Frozen(overrides)))
 
 
+def captured_tiny(family: str, **overrides: Any) -> Captured:
+    """The family's tiny model captured, with a graph of the caller's own: a process captures each once."""
+    from memcompile.program import copy_graph
+
+    captured = _captured(family, _Frozen(overrides))
+    return dataclasses.replace(captured, graph=copy_graph(captured.graph))
+
+
 def example_inputs(
     family: str, *, batch: int = 2, tokens: int = 11, seed: int = 0
 ) -> dict[str, torch.Tensor]:
@@ -152,6 +164,14 @@ def _built(family: str, overrides: _Frozen) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         return _BUILDERS.get(family, functools.partial(_causal, family))(overrides).eval()
+
+
+@functools.cache
+def _captured(family: str, overrides: _Frozen) -> Captured:
+    from memcompile.frontend import capture
+
+    inputs = example_inputs(family) if family == "transformer_encoder" else None
+    return capture(tiny_model(family, **overrides), inputs)
 
 
 def _causal(family: str, overrides: _Frozen) -> nn.Module:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.models import CAUSAL_FAMILIES, FAMILIES, example_inputs, tiny_model, tiny_tokenizer
+from tests.models import (
+    CAUSAL_FAMILIES,
+    FAMILIES,
+    captured_tiny,
+    example_inputs,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -34,6 +41,18 @@ def test_a_copy_can_be_changed_without_changing_the_next() -> None:
     with torch.no_grad():
         model.model.norm.weight.zero_()
     assert tiny_model("llama").model.norm.weight.abs().sum() > 0
+
+
+def test_a_captured_graph_can_be_changed_without_changing_the_next() -> None:
+    first = captured_tiny("llama", num_hidden_layers=1)
+    for node in reversed(first.graph.graph.nodes):
+        if node.op == "call_function":
+            node.meta.clear()
+    first.graph.register_buffer("added", torch.zeros(1))
+    second = captured_tiny("llama", num_hidden_layers=1)
+    assert all("val" in node.meta for node in second.graph.graph.nodes if node.op == "call_function")
+    assert not hasattr(second.graph, "added")
+    assert second.graph.lm_head.weight is first.graph.lm_head.weight
 
 
 def test_the_tokenizer_gives_back_what_it_was_given() -> None:

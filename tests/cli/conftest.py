@@ -42,6 +42,33 @@ def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
     return run
 
 
+@pytest.fixture(scope="session")
+def _captures() -> dict[tuple[str, str | None], Any]:
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def _each_folder_is_captured_once(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    _captures: dict[tuple[str, str | None], Any],
+) -> None:
+    """Commands on tiny models share one capture: they work on a copy of its graph."""
+    if "tiny_folder" not in request.fixturenames:
+        return
+    from memcompile import pipeline
+    from memcompile.cli import preview
+    from memcompile.frontend import capture
+
+    def remembered(source: str, *, dtype: str | None = None) -> Any:
+        if (source, dtype) not in _captures:
+            _captures[source, dtype] = capture(source, dtype=dtype)
+        return _captures[source, dtype]
+
+    for module in (preview, pipeline):
+        monkeypatch.setattr(module, "capture", remembered)
+
+
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     """A text that tiny tokenizers understand."""

@@ -6,6 +6,7 @@ seeded table of pairs. An artifact's `toy.json` says how many characters `compre
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -148,11 +149,16 @@ def write_toy(folder: Path, *, causal: bool = True, tokenizer: bool = True, **fa
 
 def write_book(path: Path, *, characters: int = 20_000, seed: int = 5) -> Path:
     """Write sentences of sixty random words, so that what was said before says what comes."""
+    path.write_text(_book(characters, seed), encoding="utf-8")
+    return path
+
+
+@functools.cache
+def _book(characters: int, seed: int) -> str:
     generator = np.random.default_rng(seed)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     known = ["".join(generator.choice(letters, generator.integers(2, 9))) for _ in range(60)]
     words = [
         str(generator.choice(known)) + ("." if generator.random() < 0.1 else "") for _ in range(characters)
     ]
-    path.write_text(" ".join(words)[:characters], encoding="utf-8")
-    return path
+    return " ".join(words)[:characters]

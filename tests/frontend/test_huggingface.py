@@ -12,19 +12,17 @@ from transformers import AttentionInterface
 
 from memcompile.errors import MemcompileError
 from memcompile.frontend import capture, huggingface
-from memcompile.frontend.captured import Captured
 from memcompile.regions import attention_regions
-from tests.models import FAMILIES, WINDOW_TOKENS, example_inputs, save_tiny, tiny_model
+from tests.models import FAMILIES, WINDOW_TOKENS, captured_tiny, save_tiny, tiny_model
 
 HUGGING_FACE = [f for f in FAMILIES if f != "transformer_encoder"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_attention_layer_is_a_region(family: str) -> None:
-    model = tiny_model(family)
-    captured = capture(model, example_inputs(family) if family not in HUGGING_FACE else None)
+    captured = captured_tiny(family)
     regions = attention_regions(captured.graph)
-    layers = model.config.num_hidden_layers if family in HUGGING_FACE else 2
+    layers = tiny_model(family).config.num_hidden_layers if family in HUGGING_FACE else 2
     assert [r.layer for r in regions] == list(range(layers))
     assert not captured.refusals
     assert all(r.path for r in regions)
@@ -35,31 +33,30 @@ def test_every_attention_layer_is_a_region(family: str) -> None:
     ("gemma3", ["sliding_window", "causal"] * 2), ("bert", ["padding"] * 2), ("vit", ["none"] * 2),
 ])  # fmt: skip
 def test_masks_are_named(family: str, kinds: list[str]) -> None:
-    regions = attention_regions(capture(tiny_model(family)).graph)
+    regions = attention_regions(captured_tiny(family).graph)
     assert [r.mask.kind for r in regions] == kinds
     assert {r.window_tokens for r in regions} <= {None, WINDOW_TOKENS}
 
 
 def test_no_mask_is_built_in_the_graph() -> None:
-    captured: Captured = capture(tiny_model("llama"))
-    targets = {str(n.target) for n in captured.graph.graph.nodes}
+    targets = {str(n.target) for n in captured_tiny("llama").graph.graph.nodes}
     assert not {t for t in targets if "cumsum" in t or "tril" in t or "masked_fill" in t}
 
 
 def test_norms_and_rotary_embeddings_are_dialect_operators() -> None:
-    targets = [str(n.target) for n in capture(tiny_model("llama")).graph.graph.nodes]
+    targets = [str(n.target) for n in captured_tiny("llama").graph.graph.nodes]
     assert targets.count("memcompile.rms_norm.default") == 5
     assert targets.count("memcompile.rotary.default") == 4
 
 
 def test_parameters_are_the_models_own_tensors() -> None:
-    model = tiny_model("llama")
+    model = tiny_model("llama", num_hidden_layers=1)
     graph = capture(model).graph
     assert {p.data_ptr() for p in graph.parameters()} == {p.data_ptr() for p in model.parameters()}
 
 
 def test_capture_leaves_the_model_as_it_was() -> None:
-    model = tiny_model("mixtral").train()
+    model = tiny_model("mixtral", num_hidden_layers=1).train()
     before = (model.config._attn_implementation, model.config._experts_implementation, model.config.use_cache)
     capture(model)
     after = (model.config._attn_implementation, model.config._experts_implementation, model.config.use_cache)
@@ -68,7 +65,7 @@ def test_capture_leaves_the_model_as_it_was() -> None:
 
 
 def test_padding_mask_of_the_caller_is_kept() -> None:
-    model = tiny_model("llama")
+    model = tiny_model("llama", num_hidden_layers=1)
     ids = torch.randint(3, 100, (2, 9))
     padding = torch.ones_like(ids)
     padding[1, :4] = 0
@@ -83,7 +80,7 @@ def test_padding_mask_of_the_caller_is_kept() -> None:
 
 
 def test_a_folder_is_a_source(tmp_path: Path) -> None:
-    folder = save_tiny("qwen3", tmp_path / "model")
+    folder = save_tiny("qwen3", tmp_path / "model", num_hidden_layers=1)
     captured = capture(str(folder))
     assert captured.model.family == "qwen3"
     assert captured.model.causal
@@ -144,7 +141,7 @@ def _scale_read_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_scale_read_wrongly")
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_refuses_a_graph_with_another_scale_and_leaves_the_model_as_it_was(family: str) -> None:
-    model = tiny_model(family).train()
+    model = tiny_model(family, num_hidden_layers=1).train()
     frozen = model.get_submodule("model.norm" if family == "llama" else "embeddings").eval()
     # tokens that are all alike hide a scale: the probe has others
     alike = {"input_ids": torch.full((2, 9), 5)}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,11 @@ import pytest
 
 from memcompile.backends.torch import TorchSession
 from memcompile.calibrate.collect import CalibrationData, token_windows
-from memcompile.frontend import Captured, capture
-from memcompile.program import build_program, copy_graph
+from memcompile.program import build_program
 from memcompile.rewrite.entry import PassEntry
 from memcompile.rewrite.manager import RewriteResult, apply
 from memcompile.rewrite.registry import BUILT_IN, load_pass
-from tests.models import VOCAB_SIZE, tiny_model
+from tests.models import VOCAB_SIZE, captured_tiny
 from tests.rewrite.tiny import entry
 
 FAMILIES = ("llama", "gemma2", "gpt2")
@@ -34,15 +31,10 @@ def calibration(folder: Path) -> CalibrationData:
     return CalibrationData(token_windows(rows_of(512)[0], 128), cache=folder)
 
 
-@cache
-def captured_once(family: str) -> Captured:
-    return capture(tiny_model(family))
-
-
 def session(
     family: str, entries: Sequence[PassEntry], folder: Path, **options: Any
 ) -> tuple[TorchSession, RewriteResult]:
-    captured = replace(captured_once(family), graph=copy_graph(captured_once(family).graph))
+    captured = captured_tiny(family)
     result = apply(captured.graph, entries, calibration=calibration(folder), **options)
     return TorchSession(build_program(captured)), result
 
