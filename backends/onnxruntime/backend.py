@@ -23,6 +23,8 @@ from memcompile.program import Program
 MODEL: Final = "model.onnx"
 # bounds activations and score matrices; larger chunks were not faster (docs/backends/onnxruntime.md)
 CHUNK_TOKENS: Final = 512
+# over a quantised cache the runtime's operator holds its whole score matrix, heads x chunk x keys in float32
+QUANTIZED_CHUNK_TOKENS: Final = 256
 DEVICES: Final = ("cpu", "cuda")
 
 
@@ -43,7 +45,8 @@ class OnnxRuntimeBackend:
                 where="target.device",
                 fix=f"use one of {', '.join(DEVICES)}",
             )
-        chunk = PrefillEntry(CHUNK_TOKENS)
+        quantized = any(state.bits for state in program.states)
+        chunk = PrefillEntry(QUANTIZED_CHUNK_TOKENS if quantized else CHUNK_TOKENS)
         if program.step is None:
             progress("lower forward")
             function = _lower_forward(program, destination, device)
