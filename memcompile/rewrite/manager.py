@@ -320,6 +320,7 @@ class _Run:
                 where=self.entry.where or None,
                 fix="name a text: data: {calibration: {text: book.txt, tokens: 16384}}",
             )
+        progress.stage(f"calibrate for {self.entry.name}")
         regions = [region for region, _ in accepted]
         return self.rewrite_pass.calibrate(self.graph_module, regions, self.entry.config, data, progress)
 
