@@ -323,7 +323,7 @@ def test_progress_hears_of_every_pass(tmp_path: Path) -> None:
 
     heard = Heard()
     apply(tiny_graph(), [entry("kv.quantize")], calibration=calibration(tmp_path), progress=heard)
-    assert heard.stages == ["kv.quantize"]
+    assert heard.stages == ["kv.quantize", "calibrate for kv.quantize"]
     assert heard.updates == [(1, 3), (2, 3), (3, 3)]
 
 
