@@ -83,7 +83,6 @@ def rewrite_captured(
     *,
     windows: Windows | None = None,
     progress: Progress = SILENT,
-    strict: bool = True,
 ) -> Compiled:
     """Apply the plan's passes to a copy of the captured graph and build the rewritten program.
 
@@ -91,9 +90,7 @@ def rewrite_captured(
     """
     graph = copy_graph(captured.graph)
     data = _calibration(captured, plan, windows) if plan.passes else None
-    result = apply(
-        graph, plan.passes, workload=plan.workload, calibration=data, progress=progress, strict=strict
-    )
+    result = apply(graph, plan.passes, workload=plan.workload, calibration=data, progress=progress)
     rewritten = replace(captured, graph=graph)
     progress.stage("build the program")
     return Compiled(rewritten, build_program(rewritten), result)
@@ -217,24 +214,6 @@ def inspect(
         "regions": [region.as_dict() for region in attention_regions(captured.graph)],
         "refusals": [{"where": r.where, "reason": r.reason} for r in captured.refusals],
     }
-
-
-def explain(source: str | Captured, plan: Plan, *, progress: Progress = SILENT) -> dict[str, Any]:
-    """What each pass of a plan does to a model and what it refuses, without writing anything."""
-    progress.stage("capture the model")
-    captured = capture(source, dtype=plan.model.dtype) if isinstance(source, str) else source
-    result = rewrite_captured(captured, plan, progress=progress, strict=False).rewrite
-    return {
-        "schema": JSON_SCHEMA,
-        "model": captured.model.family,
-        **result.as_dict(),
-        "capture_refusals": [{"where": r.where, "reason": r.reason} for r in captured.refusals],
-    }
-
-
-def evaluate_artifact(path: Path, settings: EvaluationSettings, *, progress: Progress = SILENT) -> Evaluation:
-    """Measure an artifact alone."""
-    return evaluation_.evaluate(None, path, settings, progress=progress)
 
 
 def evaluation_settings(plan: Plan, *, quick: bool = False) -> EvaluationSettings:
