@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from memcompile.backends.torch import TorchSession
-from memcompile.frontend import capture
 from memcompile.program import build_program
-from tests.models import CAUSAL_FAMILIES, VOCAB_SIZE, tiny_model
+from tests.models import CAUSAL_FAMILIES, VOCAB_SIZE, captured_tiny, tiny_model
 
 SPLITS = ([20], [1] * 20, [7, 5, 1, 1, 6], [19, 1], [1, 19])
 
@@ -32,7 +31,7 @@ def in_pieces(session: TorchSession, tokens: Sequence[int], lengths: Sequence[in
 @pytest.mark.parametrize("family", CAUSAL_FAMILIES)
 def test_every_split_equals_the_model(family: str) -> None:
     model = tiny_model(family)
-    session = TorchSession(build_program(capture(model)))
+    session = TorchSession(build_program(captured_tiny(family)))
     (tokens,) = prompts(20)
     with torch.no_grad():
         want = model(input_ids=torch.tensor([tokens])).logits[0].numpy()
@@ -42,7 +41,7 @@ def test_every_split_equals_the_model(family: str) -> None:
 
 @pytest.mark.parametrize("family", CAUSAL_FAMILIES)
 def test_rows_of_different_lengths_equal_each_row_alone(family: str) -> None:
-    session = TorchSession(build_program(capture(tiny_model(family))))
+    session = TorchSession(build_program(captured_tiny(family)))
     rows = prompts(11, 3, 17)
     state = session.new_state(3)
     together = session.prefill(state, rows)
@@ -58,7 +57,7 @@ def test_rows_of_different_lengths_equal_each_row_alone(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])
 def test_a_windowed_cache_holds_only_what_can_be_seen(family: str) -> None:
-    session = TorchSession(build_program(capture(tiny_model(family))))
+    session = TorchSession(build_program(captured_tiny(family)))
     state = session.new_state(1)
     session.prefill(state, prompts(300))
     for group in session.program.groups:
@@ -67,7 +66,7 @@ def test_a_windowed_cache_holds_only_what_can_be_seen(family: str) -> None:
 
 
 def test_only_the_wanted_rows_reach_the_language_model_head() -> None:
-    program = build_program(capture(tiny_model("llama")))
+    program = build_program(captured_tiny("llama"))
     assert program.step is not None
     head = [n for n in program.step.graph.nodes if "lm_head" in str(n.args)][-1]
     gather = [n for n in program.step.graph.nodes if n.target is torch.ops.aten.gather.default]

@@ -12,7 +12,7 @@ import torch
 from memcompile.backends.torch import TorchSession
 from memcompile.frontend import capture
 from tests.backends.onnxruntime.build import artifact_of, session_of
-from tests.models import CAUSAL_FAMILIES, OTHER_FAMILIES, example_inputs, tiny_model
+from tests.models import CAUSAL_FAMILIES, OTHER_FAMILIES, captured_tiny, example_inputs, tiny_model
 
 TOLERANCE = 5e-5  # float32 sums in another order, logits of size 1
 
@@ -28,7 +28,7 @@ def test_step_agrees_with_the_model_over_chunks_and_single_tokens(family: str, t
     tokens = _tokens(50)
     with torch.no_grad():
         expected = model(torch.tensor([tokens])).logits[0].numpy()
-    _, session = session_of(capture(model), tmp_path / "out")
+    _, session = session_of(captured_tiny(family), tmp_path / "out")
     state = session.new_state(1, 41, 9)
     (logits,) = session.prefill(state, [tokens[:41]], all_logits=True)
     np.testing.assert_allclose(logits, expected[:41], atol=TOLERANCE)
@@ -51,7 +51,7 @@ def test_other_float_types_are_computed_in_float32(dtype: torch.dtype, tmp_path:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_rows_of_different_length_decode_as_they_do_alone(family: str, tmp_path: Path) -> None:
-    program, session = session_of(capture(tiny_model(family)), tmp_path / "out")
+    program, session = session_of(captured_tiny(family), tmp_path / "out")
     rows = [_tokens(33, 1), _tokens(5, 2), _tokens(1, 3)]
     state = session.new_state(3, 33, 4)
     session.prefill(state, rows)
@@ -88,7 +88,7 @@ def test_forward_agrees_with_the_model_at_another_batch_size(family: str, tmp_pa
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "phi3"])
 def test_no_transpose_is_left_around_attention(family: str, tmp_path: Path) -> None:
-    program, _ = session_of(capture(tiny_model(family)), tmp_path / "out")
+    program, _ = session_of(captured_tiny(family), tmp_path / "out")
     graph = onnx.load(str(tmp_path / "out" / "model.onnx"), load_external_data=False).graph
     operators = [node.op_type for node in graph.node]
     assert not {"Transpose", "Reshape"} & set(operators)

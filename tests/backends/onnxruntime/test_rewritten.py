@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from memcompile.backends.torch import TorchSession
-from memcompile.frontend import capture
 from memcompile.rewrite.manager import apply
 from tests.backends.onnxruntime.build import session_of
-from tests.models import tiny_model
+from tests.models import captured_tiny
 from tests.rewrite.tiny import calibration, entry
 
 PLANS: dict[str, list[tuple[str, dict[str, Any]]]] = {
@@ -42,7 +41,7 @@ def _entries(plan: list[tuple[str, dict[str, Any]]]) -> list[Any]:
 
 @pytest.mark.parametrize("name", PLANS)
 def test_artifact_and_torch_program_agree(name: str, tmp_path: Path) -> None:
-    captured = capture(tiny_model("llama", num_hidden_layers=4))
+    captured = captured_tiny("llama", num_hidden_layers=4)
     apply(captured.graph, _entries(PLANS[name]), calibration=calibration(tmp_path))
     program, session = session_of(captured, tmp_path / "out")
     rows = [
