@@ -200,9 +200,6 @@ def export_both(source: str, folder: Path, threads: int) -> float:
         )  # fmt: skip
         writer.commit()
     checkpoint = folder / "checkpoint"
-    if hasattr(model.config, "quantization_config"):
-        # the weights are plain again; the builder would ask for the quantised format they came from
-        del model.config.quantization_config
     model.save_pretrained(checkpoint)
     _write_tokenizer(checkpoint)
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-p", "fp32"]

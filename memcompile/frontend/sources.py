@@ -173,7 +173,16 @@ def _from_pretrained(folder: Path, class_name: str, dtype: str | None, extra: di
                     if extra
                     else "write tokenizer.json and tokenizer_config.json again, or remove both to go without",
                 ) from error
+    if extra:
+        _forget_the_format(module)
     return LoadedModel(module.eval(), tokenizer, folder if not extra else None)
+
+
+def _forget_the_format(module: Any) -> None:
+    """Weights read from a GGUF file are plain floats again; transformers would still refuse to save them."""
+    for owner, name in ((module, "hf_quantizer"), (module.config, "quantization_config")):
+        if hasattr(owner, name):
+            delattr(owner, name)
 
 
 def _load_factory(source: str) -> LoadedModel:
