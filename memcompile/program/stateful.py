@@ -14,7 +14,7 @@ from torch import fx
 
 from memcompile.errors import MemcompileError
 from memcompile.program.program import PLAIN_GROUP, PositionGroup, Program, StateSpec
-from memcompile.regions import AttentionRegion, attention_regions, read_region
+from memcompile.regions import AttentionRegion, attention_regions
 
 
 def assign_groups(regions: list[AttentionRegion]) -> tuple[tuple[PositionGroup, ...], dict[str, str]]:
@@ -151,7 +151,7 @@ class _Placeholders:
 
 
 def _state(region: AttentionRegion, group: str) -> StateSpec:
-    value = read_region(region.node).node.args[1].meta["val"]  # type: ignore[union-attr]
+    value = region.node.args[1].meta["val"]  # type: ignore[union-attr]
     return StateSpec(
         region=region.region,
         layer=region.layer,
