@@ -11,16 +11,10 @@ from numpy.typing import NDArray
 from memcompile.artifact import GroupEntry, Manifest
 from memcompile.artifact.manifest import MASK_INPUT
 from memcompile.errors import MemcompileError
+from memcompile.runtime.base import Logits, logits_width
 from memcompile.runtime.buffers import Array
 from memcompile.runtime.cache import DECODING, State
 
-Logits = NDArray[np.float32]
-
-
-def logits_width(manifest: Manifest) -> int:
-    """Logits a position: the graph may have more than the tokenizer has tokens."""
-    width = manifest.functions["step"].outputs[0].dims[-1]
-    return width if isinstance(width, int) else manifest.model.vocab_size
 
 
 class StepBinding:

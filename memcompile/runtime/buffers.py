@@ -1,14 +1,28 @@
-"""Memory that a session binds as input and output of the same call, so that a cache is never copied."""
+"""Memory that a session binds as input and output of the same call, so that a cache is never copied.
+
+ONNX Runtime is imported when a buffer is bound to it or lies on its device: other backends do without.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from math import prod
+from typing import Any, Final, Protocol
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+# what vector loads of compiled kernels may take for granted
+ALIGNMENT_BYTES: Final = 64
+
+
+def aligned_zeros(shape: tuple[int, ...], dtype: str) -> Array:
+    """Zeros that begin at a multiple of 64 bytes; their pages are real only once written."""
+    size = prod(shape) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + ALIGNMENT_BYTES, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT_BYTES
+    array: Array = memory[start : start + size].view(dtype).reshape(shape)
+    return array
 
 
 class Buffer(Protocol):
@@ -40,8 +54,8 @@ class HostBuffer:
     """A buffer in this process's memory."""
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: str) -> None:
-        # zeros: the pages are real only once written, and an empty slot that a mask hides must not hold a NaN
-        self.array: Array = np.zeros(shape, dtype)
+        # zeros: an empty slot that a mask hides must not hold a NaN
+        self.array = aligned_zeros(shape, dtype)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -52,6 +66,8 @@ class HostBuffer:
         return int(self.array.nbytes)
 
     def bind(self, binding: Any, name_in: str | None, name_out: str | None, row: int | None) -> None:
+        import onnxruntime as ort
+
         value = ort.OrtValue.ortvalue_from_numpy(self.array if row is None else self.array[row : row + 1])
         if name_in is not None:
             binding.bind_ortvalue_input(name_in, value)
@@ -79,6 +95,8 @@ class DeviceBuffer:
     """A buffer in a device's memory; rows are bound by address, compaction goes through the host."""
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: str, device: str) -> None:
+        import onnxruntime as ort
+
         self._shape = shape
         self._dtype = np.dtype(dtype)
         self._device = device
