@@ -22,10 +22,10 @@ setup: $(READY)  ## make .venv with the pinned dependencies and a CPU build of t
 
 $(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "memcompile needs Python 3.11 or newer"; exit 1; }
-	@echo "setting up $(VENV) (about 2 GB, a few minutes the first time) ..."
+	@echo "setting up $(VENV) (about 3 GB, a few minutes the first time) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) setuptools torch
-	@$(PIP) --no-build-isolation -e '.[cpu,dev]'
+	@$(PIP) --no-build-isolation -e '.[cpu,triton,dev]'
 	@$(BIN)/python -c 'import torch; print("torch", torch.__version__)'
 	@touch $@
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from memcompile.backends.torch.module import RewrittenModule
 from memcompile.backends.torch.session import TorchSession
+from memcompile.backends.torch.triton import register_cuda
 from memcompile.errors import MemcompileError
 from memcompile.lowering import Lowered, Progress
 from memcompile.program import Program
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from memcompile.frontend.captured import Captured
 
 __all__ = ["RewrittenModule", "TorchBackend", "TorchSession"]
+
+register_cuda()
 
 
 class TorchBackend:
