@@ -1,4 +1,7 @@
-"""`memcompile::attention` with state as GroupQueryAttention over buffers that are past and present."""
+"""`memcompile::attention` with state becomes one node over buffers that are past and present.
+
+The node has what every implementation needs; `finish.py` makes of it an operator that a runtime has.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from memcompile.backends.onnxruntime.emitter import MICROSOFT, Emitter, emit, lowers
+from memcompile.backends.onnxruntime.emitter import Emitter, emit, lowers
+from memcompile.backends.onnxruntime.finish import ATTENTION
 from memcompile.backends.onnxruntime.layout import pack_heads, remember_output
 from memcompile.dialect import visible_keys
 from memcompile.regions import argument
@@ -24,7 +28,7 @@ def padded_width(head_dim: int) -> int:
 
 @lowers(torch.ops.memcompile.attention.default)
 def lower_attention(emitter: Emitter, node: fx.Node) -> tuple[torch.Tensor, ...] | None:
-    """Attention with a cache becomes GroupQueryAttention; a stateless call is left to torch's own."""
+    """Attention with a cache becomes one node; a stateless call is left to torch's own."""
     facts = {a.name: argument(node, a.name) for a in node.target._schema.arguments}  # type: ignore[union-attr]
     if facts["past_k"] is None:
         return _stateless(emitter, facts)
@@ -43,27 +47,22 @@ def lower_attention(emitter: Emitter, node: fx.Node) -> tuple[torch.Tensor, ...]
         "num_heads": int(heads),
         "kv_num_heads": int(kv_heads),
         "scale": float(facts["scale"]),
-        "do_rotary": 0,
+        "softcap": float(facts["softcap"]),
+        "bits": int(facts["bits"]),
+        "region": str(facts["region"]),
+        "masked": int(facts["mask"] is not None),
+        **{name: int(facts[name]) for name in ("causal", "window", "sinks", "block", "stride")},
     }
-    if facts["softcap"]:
-        attributes["softcap"] = float(facts["softcap"])
-    inputs: list[torch.Tensor | None] = [*packed, past_k, past_v, last_slot, slots]
-    if bias is not None or facts["bits"]:
-        inputs += [None, None, None, bias]
+    scales: list[torch.Tensor | None] = [None, None]
     if facts["bits"]:
-        attributes |= {
-            "k_quant_type": "PER_CHANNEL",
-            "v_quant_type": "PER_CHANNEL",
-            "kv_cache_bit_width": int(facts["bits"]),
-        }
         scales = [
             _widen_scale(emitter.value(facts[name]), int(kv_heads), w, stored)
             for name, w in (("k_scale", width), ("v_scale", v_width))
         ]
-        inputs += [None, *scales]
+    positions = emitter.value(facts["positions"]) if facts["window"] else None
     out, present_k, present_v = torch.onnx.ops.symbolic_multi_out(
-        MICROSOFT + "GroupQueryAttention",
-        inputs,
+        ATTENTION,
+        [*packed, past_k, past_v, last_slot, slots, positions, *scales, None, bias],
         attributes,
         dtypes=[q.dtype, past_k.dtype, past_v.dtype],
         shapes=[(batch, tokens, heads * stored), past_k.shape, past_v.shape],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,10 +11,18 @@ import torch
 from torch import fx
 
 from memcompile.artifact.manifest import MASK_INPUT, FunctionEntry, GroupEntry, PrefillEntry, TensorEntry
-from memcompile.backends.onnxruntime import attention, dense, experts, layout, rotary  # noqa: F401  (register)
+from memcompile.backends.onnxruntime import (  # noqa: F401  (register)
+    attention,
+    dense,
+    experts,
+    layout,
+    quantized,
+    rotary,
+)
 from memcompile.backends.onnxruntime.compress import COMPRESS, COMPRESS_WEIGHTS, lower_compress
 from memcompile.backends.onnxruntime.emitter import Emitter
-from memcompile.backends.onnxruntime.export import WEIGHTS, example, to_model, write
+from memcompile.backends.onnxruntime.export import WEIGHTS, example, to_model, write, write_beside
+from memcompile.backends.onnxruntime.finish import kernels_of, portable, with_kernels
 from memcompile.backends.onnxruntime.genai import GENAI_CONFIG, GENAI_MODEL, is_plain, write_genai
 from memcompile.backends.onnxruntime.interface import StepInterface, step_interface
 from memcompile.errors import MemcompileError
@@ -21,6 +30,8 @@ from memcompile.lowering import Lowered, Progress, inline_higher_order
 from memcompile.program import Program
 
 MODEL: Final = "model.onnx"
+# the same function over the same weights, with the kernel library's operators
+KERNEL_MODEL: Final = "model.kernels.onnx"
 # bounds activations and score matrices; larger chunks were not faster (docs/backends/onnxruntime.md)
 CHUNK_TOKENS: Final = 512
 # over a quantised cache the runtime's operator holds its whole score matrix, heads x chunk x keys in float32
@@ -64,7 +75,7 @@ class OnnxRuntimeBackend:
 
 
 def _files(destination: Path) -> tuple[str, ...]:
-    names = (MODEL, WEIGHTS, COMPRESS, COMPRESS_WEIGHTS, GENAI_CONFIG, GENAI_MODEL)
+    names = (MODEL, WEIGHTS, KERNEL_MODEL, COMPRESS, COMPRESS_WEIGHTS, GENAI_CONFIG, GENAI_MODEL)
     return tuple(name for name in names if (destination / name).exists())
 
 
@@ -110,7 +121,16 @@ def _lower_step(program: Program, interface: StepInterface, destination: Path, d
         interface.outputs,
         [example(entry, sizes) for entry in interface.inputs],
     )
-    return write(model, destination / MODEL, interface.inputs, interface.outputs)
+    entry = write(portable(model), destination / MODEL, interface.inputs, interface.outputs)
+    if device != "cpu":
+        return entry
+    fast = with_kernels(model, lambda _: True)
+    kernels = kernels_of(fast)
+    if not kernels:
+        return entry
+    # the weights are in the file that was just written
+    kernel_file = write_beside(fast, destination / KERNEL_MODEL, destination / MODEL)
+    return replace(entry, kernel_file=kernel_file, kernels=kernels)
 
 
 class _Forward(torch.nn.Module):

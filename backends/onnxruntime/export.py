@@ -14,6 +14,7 @@ import torch
 
 from memcompile.artifact.manifest import FunctionEntry, TensorEntry
 from memcompile.backends.onnxruntime.emitter import OPSET
+from memcompile.backends.onnxruntime.external import externalize
 from memcompile.backends.onnxruntime.fuse import clean_up, name_dims
 from memcompile.errors import MemcompileError
 
@@ -92,19 +93,20 @@ def write(
     outputs: Sequence[TensorEntry],
     weights: str = WEIGHTS,
 ) -> FunctionEntry:
-    """Write the graph to `path` and its large tensors, one at a time, to `weights` beside it."""
-    large = any(
-        v.const_value is not None and v.const_value.nbytes >= EXTERNAL_FROM_BYTES
-        for v in model.graph.initializers.values()
-    )
-    ir.save(
-        model,
-        path,
-        external_data=weights if large else None,
-        size_threshold_bytes=EXTERNAL_FROM_BYTES,
-        max_workers=1,
-    )
+    """Write the graph to `path` and its large tensors, equal ones once, to `weights` beside it."""
+    externalize(model, path.parent, weights, EXTERNAL_FROM_BYTES)
+    ir.save(model, path)
     return FunctionEntry(path.name, tuple(inputs), tuple(outputs))
+
+
+def write_beside(model: ir.Model, path: Path, written: Path) -> str:
+    """Write another graph over the weights that `written` has already stored; gives the file's name."""
+    stored = ir.load(written).graph.initializers
+    for name, value in model.graph.initializers.items():
+        if name in stored:
+            value.const_value = stored[name].const_value
+    ir.save(model, path)
+    return path.name
 
 
 def example(entry: TensorEntry, sizes: Mapping[str, int]) -> torch.Tensor:

@@ -50,11 +50,16 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class FunctionEntry:
-    """One lowered graph: its file, inputs and outputs in call order."""
+    """One lowered graph: its file, inputs and outputs in call order.
+
+    `kernel_file` computes the same with the operators `kernels` of the kernel library; `file` needs none.
+    """
 
     file: str
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
+    kernel_file: str | None = None
+    kernels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,7 @@ def open_artifact(path: str | os.PathLike[str], *, check_digests: bool = True) -
     manifest = read_manifest(directory)
     wanted = set(manifest.files)
     used = {function.file for function in manifest.functions.values()}
+    used |= {function.kernel_file for function in manifest.functions.values() if function.kernel_file}
     if manifest.tokenizer is not None:
         used.add(manifest.tokenizer.file)
     for name in sorted(wanted | used):

@@ -5,9 +5,12 @@ Shapes: B batch, T query tokens, S new key tokens, P cached tokens, H query head
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from memcompile.dialect.cache_codes import code_dtype, code_width, dequantize, quantize
+from memcompile.dialect.cpu_attention import kernel_attention
 from memcompile.dialect.op import (
     Cost,
     DialectOp,
@@ -119,6 +122,44 @@ def attention_definition(
     return out.to(q.dtype), k_state, v_state
 
 
+def _by_kernel(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    past_k: torch.Tensor | None,
+    past_v: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    *,
+    bits: int,
+    **attributes: Any,
+) -> Triple | None:
+    """The same by the CPU kernels; None where they do not apply."""
+    if q.device.type != "cpu" or k.shape[-1] != v.shape[-1]:
+        return None
+    keys, values = (
+        quantize(new, by, bits) if bits and by is not None else new
+        for new, by in ((k, k_scale), (v, v_scale))
+    )
+    if past_k is not None and past_v is not None:
+        keys, values = torch.cat((past_k, keys), dim=2), torch.cat((past_v, values), dim=2)
+    placed = attributes["causal"] or attributes["window"] or past_k is not None
+    query_positions = None
+    if not placed and positions is not None:
+        # queries without a place of their own see every key that is there
+        query_positions = positions.new_zeros((q.shape[0], q.shape[2]))
+    out = kernel_attention(
+        q, keys, values, positions=positions, query_positions=query_positions,
+        k_scale=k_scale if bits else None, v_scale=v_scale if bits else None, **attributes,
+    )  # fmt: skip
+    if out is None:
+        return None
+    if past_k is None:
+        keys, values = keys[:, :, :0].clone(), values[:, :, :0].clone()
+    return out, keys, values
+
+
 @torch.library.custom_op("memcompile::attention", mutates_args=())
 def attention(
     q: torch.Tensor,
@@ -150,6 +191,14 @@ def attention(
     k_scale, v_scale: float32 [G*D], needed when `bits` is 8 or 4.
     Returns the output [B,H,T,D] and the next state of keys and values (empty for a stateless call).
     """
+    if mask is None and scale > 0:
+        fast = _by_kernel(
+            q, k, v, past_k, past_v, positions, k_scale, v_scale,
+            scale=scale, causal=causal, window=window, sinks=sinks, block=block, stride=stride,
+            softcap=softcap, bits=bits,
+        )  # fmt: skip
+        if fast is not None:
+            return fast
     plain = positions is None and mask is None and window == 0 and softcap == 0.0 and past_k is None
     if plain and (not causal or q.shape[2] == k.shape[2]):
         keys, _ = append_to_cache(k, None, k_scale, bits)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from memcompile.artifact import Artifact, FunctionEntry
 from memcompile.errors import MemcompileError
+from memcompile.kernels import find_library
 from memcompile.runtime.base import BaseSession
 from memcompile.runtime.binding import StepBinding
 from memcompile.runtime.cache import State
@@ -42,13 +43,17 @@ def open_function(artifact: Artifact, name: str, provider: str, threads: int) ->
     entry = artifact.manifest.functions[name]
     providers = provider_list(provider)
     options = session_options(name, threads)
+    file = entry.file
+    if entry.kernel_file is not None and provider == "cpu" and (library := find_library()) is not None:
+        options.register_custom_ops_library(str(library.path))
+        file = entry.kernel_file
     try:
-        session = ort.InferenceSession(str(artifact.file(entry.file)), options, providers=providers)
+        session = ort.InferenceSession(str(artifact.file(file)), options, providers=providers)
     except Exception as error:
         made_with = artifact.manifest.environment.get("onnxruntime", "another version")
         raise MemcompileError(
-            "MC505", f"ONNX Runtime {ort.__version__} does not load {entry.file}: {error}",
-            where=str(artifact.path / entry.file),
+            "MC505", f"ONNX Runtime {ort.__version__} does not load {file}: {error}",
+            where=str(artifact.path / file),
             fix=f"install the onnxruntime it was made with ({made_with}), or make the artifact again",
         ) from error  # fmt: skip
     if PROVIDERS[provider] not in session.get_providers():

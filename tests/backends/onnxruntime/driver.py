@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime
 
 from memcompile.artifact.manifest import MASK_INPUT
+from memcompile.kernels import find_library
 from memcompile.lowering import Lowered
 
 
@@ -16,6 +17,9 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
+    library = find_library()
+    assert library is not None, "this machine has no C++ compiler or no x86-64 CPU"
+    options.register_custom_ops_library(str(library.path))
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

@@ -1,12 +1,14 @@
-"""`memcompile::attention` on GroupQueryAttention against its definition in float64, over shared buffers."""
+"""`memcompile::attention` on GroupQueryAttention and on our kernels, against its definition in float64."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -17,6 +19,7 @@ from memcompile.backends.onnxruntime import backend as _register  # noqa: F401
 from memcompile.backends.onnxruntime.attention import padded_width
 from memcompile.backends.onnxruntime.emitter import Emitter
 from memcompile.backends.onnxruntime.export import to_model, write
+from memcompile.backends.onnxruntime.finish import kernels_of, portable, with_kernels
 from memcompile.dialect import DIALECT
 from tests.backends.onnxruntime.driver import open_session
 
@@ -57,6 +60,11 @@ CASES = {
     "int8 of uneven width": Case(width=12, attributes={"bits": 8}),
 }
 
+FINISHES: dict[str, Callable[[ir.Model], ir.Model]] = {
+    "portable": portable,
+    "kernels": lambda model: with_kernels(model, lambda _: True),
+}
+
 
 class _Traced(torch.nn.Module):
     def __init__(self, graph_module: fx.GraphModule) -> None:
@@ -84,8 +92,9 @@ def _graph(case: Case, scale: torch.Tensor) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
+@pytest.mark.parametrize("finish", FINISHES)
 @pytest.mark.parametrize("name", CASES)
-def test_chunks_then_single_tokens_agree_with_the_definition(name: str, tmp_path: Path) -> None:
+def test_chunks_then_single_tokens_agree_with_the_definition(name: str, finish: str, tmp_path: Path) -> None:
     case = CASES[name]
     torch.manual_seed(0)
     scale = torch.rand(case.kv_heads * case.width) * 0.02 + (0.02 if case.bits == 8 else 0.3)
@@ -110,7 +119,9 @@ def test_chunks_then_single_tokens_agree_with_the_definition(name: str, tmp_path
         for e in entries
     ]
     model = to_model(_Traced(_graph(case, scale)), entries, outputs, examples)
-    write(model, tmp_path / "model.onnx", entries, outputs)
+    finished = FINISHES[finish](model)
+    assert bool(kernels_of(finished)) == (finish == "kernels")
+    write(finished, tmp_path / "model.onnx", entries, outputs)
     session = open_session(tmp_path / "model.onnx")
     for first in SIZES:
         _run(session, case, scale, dtype, [first, 1, 7, 1])

@@ -1,0 +1,115 @@
+"""Make of each attention node an operator that the runtime has: its own, or one of our kernels.
+
+The traced graph holds one `memcompile::Attention` a region with the inputs of both. The portable graph gets
+GroupQueryAttention, which every ONNX Runtime has; the kernel graph gets the operators of the kernel library
+for the regions they are chosen for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+DOMAIN: Final = "memcompile"
+ATTENTION: Final = "memcompile::Attention"
+MICROSOFT_DOMAIN: Final = "com.microsoft"
+# inputs of the traced node, in order
+(Q, K, V, PAST_K, PAST_V, LAST_SLOT, SLOTS, POSITIONS, K_SCALE, V_SCALE, BLOCKS, BIAS) = range(12)
+# the kernel library's operator for a cache of so many bits
+OPERATORS: Final = {0: "Attention", 8: "AttentionInt8", 4: "AttentionInt4"}
+_KERNEL_INTS: Final = (
+    "num_heads", "kv_num_heads", "causal", "window", "sinks", "block", "stride", "block_tokens",
+)  # fmt: skip
+
+Chooses = Callable[[ir.Node], bool]
+
+
+def portable(model: ir.Model) -> ir.Model:
+    """A copy of the traced model that every ONNX Runtime runs."""
+    return _finished(model, lambda _: False)
+
+
+def with_kernels(model: ir.Model, chooses: Chooses) -> ir.Model:
+    """A copy in which the regions that `chooses` names run on the kernel library."""
+    return _finished(model, lambda node: can_run(node) and chooses(node))
+
+
+def can_run(node: ir.Node) -> bool:
+    """Whether a kernel computes what this traced node means: it takes no mask made at run time."""
+    return not node.attributes.get_int("masked", 0)
+
+
+def attention_nodes(model: ir.Model) -> list[ir.Node]:
+    """The traced attention nodes of a model that is not finished."""
+    return [node for node in model.graph if node.domain == DOMAIN and node.op_type == "Attention"]
+
+
+def kernels_of(model: ir.Model) -> tuple[str, ...]:
+    """The operators of the kernel library that a finished model needs."""
+    return tuple(sorted({node.op_type for node in model.graph if node.domain == DOMAIN}))
+
+
+def _finished(model: ir.Model, chooses: Chooses) -> ir.Model:
+    made = model.clone()
+    for node in attention_nodes(made):
+        new = _kernel(node) if chooses(node) else _group_query_attention(node)
+        made.graph.insert_after(node, new)
+        for old, value in zip(node.outputs, new.outputs, strict=True):
+            old.replace_all_uses_with(value, replace_graph_outputs=True)
+        made.graph.remove(node, safe=True)
+    RemoveUnusedNodesPass()(made)
+    if not kernels_of(made):
+        made.graph.opset_imports.pop(DOMAIN, None)
+    return made
+
+
+def _inputs(node: ir.Node) -> list[ir.Value | None]:
+    # inputs that are missing at the end are not stored
+    return [*node.inputs, *[None] * (BIAS + 1 - len(node.inputs))]
+
+
+def _outputs(node: ir.Node) -> list[ir.Value]:
+    return [ir.Value(name=v.name, type=v.type, shape=v.shape) for v in node.outputs]
+
+
+def _kernel(node: ir.Node) -> ir.Node:
+    names = node.attributes
+    attributes: list[ir.Attr] = [ir.AttrInt64(n, names.get_int(n, 0)) for n in _KERNEL_INTS]
+    attributes += [ir.AttrFloat32(n, names.get_float(n, 0.0)) for n in ("scale", "softcap")]
+    return ir.Node(
+        DOMAIN,
+        OPERATORS[names.get_int("bits", 0)],
+        _inputs(node)[:BIAS],
+        attributes,
+        outputs=_outputs(node),
+        name=node.name,
+    )
+
+
+def _group_query_attention(node: ir.Node) -> ir.Node:
+    names, inputs = node.attributes, _inputs(node)
+    bits = names.get_int("bits", 0)
+    attributes: list[ir.Attr] = [
+        ir.AttrInt64("num_heads", names.get_int("num_heads")),
+        ir.AttrInt64("kv_num_heads", names.get_int("kv_num_heads")),
+        ir.AttrFloat32("scale", names.get_float("scale")),
+        ir.AttrInt64("do_rotary", 0),
+    ]
+    if names.get_float("softcap", 0.0):
+        attributes.append(ir.AttrFloat32("softcap", names.get_float("softcap")))
+    taken = inputs[: SLOTS + 1]
+    if inputs[BIAS] is not None or bits:
+        taken += [None, None, None, inputs[BIAS]]
+    if bits:
+        attributes += [
+            ir.AttrString("k_quant_type", "PER_CHANNEL"),
+            ir.AttrString("v_quant_type", "PER_CHANNEL"),
+            ir.AttrInt64("kv_cache_bit_width", bits),
+        ]
+        taken += [None, inputs[K_SCALE], inputs[V_SCALE]]
+    return ir.Node(
+        MICROSOFT_DOMAIN, "GroupQueryAttention", taken, attributes, outputs=_outputs(node), name=node.name
+    )

@@ -1,0 +1,62 @@
+// One attention call: what every host (torch, ONNX Runtime, TVM, numpy) fills in and every kernel reads.
+// Shapes: B batch, T queries, S key slots, H query heads, G key/value heads, D head width.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+enum McType : int32_t { MC_F32 = 0, MC_BF16 = 1, MC_F16 = 2, MC_I8 = 3, MC_I4 = 4 };
+
+// Strides count elements (bytes for MC_I4 rows are D/2); the channels of a row are adjacent.
+struct McTensor {
+    void *data;
+    int64_t batch, head, token;
+};
+
+typedef void (*McTask)(void *data, size_t index);
+// Runs task(data, 0 .. count-1), in any order, on the host's threads; returns when all are done.
+typedef void (*McParallel)(void *host, McTask task, size_t count, void *data);
+
+struct McAttention {
+    int64_t B, T, S, H, G, D;
+    McTensor q, k, v, out;        // q, out: q_type; k, v: kv_type
+    int32_t q_type, kv_type;
+    float scale, softcap;         // softcap 0: none
+    int64_t causal, window, sinks, block, stride;  // as memcompile::attention
+    const int64_t *key_positions;    // [B,S], -1: empty slot; null: slot number
+    const int64_t *query_positions;  // [B,T]; null: the last T of the row's used slots
+    int64_t positions_stride;        // between the rows of key_positions; 0: one row for all
+    const int32_t *used;             // [B] slots in use, the queries' own keys included; null: S
+    const float *k_scale, *v_scale;  // [G*D] for MC_I8 and MC_I4
+    const float *k_token_scale, *v_token_scale;  // [B,G,S], instead of or beside the ones a channel
+    const uint8_t *blocks;           // [B,H,ceil(T/n),ceil(S/n)] of n = block_tokens; 0: skipped
+    int64_t block_tokens, blocks_batch, blocks_head;
+    const int32_t *slots;            // [B,G,slot_count] chosen slots, -1: none; decode only
+    int64_t slot_count;
+    float *lse;                      // [B,H,T] log-sum-exp of the scaled scores, or null
+    McParallel parallel;             // null: threads of our own
+    void *host;
+    int32_t threads;
+    int32_t splits;                  // decode: parts a key/value head is cut into; 0: chosen
+    int32_t key_tile;                // prefill: keys a tile, 16..128; 0: chosen
+};
+
+struct McAppend {
+    int64_t B, T, G, D;
+    McTensor k, v, past_k, past_v;   // k, v: type; past: cache_type
+    int32_t type, cache_type;
+    const int32_t *used;             // [B] slots in use, the new ones included
+    const float *k_scale, *v_scale;
+};
+
+// 0: done; else a reason, see `mc_reason`.
+int32_t mc_attention(const McAttention *call);
+int32_t mc_append(const McAppend *call);
+const char *mc_reason(int32_t code);
+// Name of the widest instruction set that was compiled and that this CPU has; `mc_use` chooses another.
+const char *mc_isa();
+int32_t mc_use(const char *isa);
+}
+#pragma GCC visibility pop

@@ -1,0 +1,265 @@
+// Decode: one or a few queries over a long cache, bound by memory. A vector lane is a channel; every key
+// and value row is read once for all queries of its group. The keys of a key/value head are cut into parts
+// (Flash-Decoding, Dao et al. 2023) and the parts are merged by their log-sum-exp.
+#pragma once
+#include "attention.h"
+#include "prefill.h"
+#include "rows.h"
+#include "scratch.h"
+#include "vector.h"
+#include "visibility.h"
+
+namespace MC_ISA {
+
+constexpr int MAX_ROWS = 16;    // queries of one group that decode takes together
+constexpr int PART_KEYS = 256;  // scores kept at a time
+
+struct Decode {
+    const McAttention *c;
+    const Interval *keys;
+    const int32_t *query_at;
+    int64_t keys_stride, parts;
+    int32_t rows;               // H/G * T
+    float *partial;             // [B,G,parts][rows][D + 2]: output, maximum (log2), sum
+};
+
+// The cache's channels as decode reads them: MC_I4 rows give even channels, then odd ones, of 2*LANES.
+static inline int64_t channel_of(int32_t type, int64_t i) {
+    if (type != MC_I4) return i;
+    int64_t block = i / (2 * LANES) * (2 * LANES), in = i % (2 * LANES);
+    return block + (in < LANES ? 2 * in : 2 * (in - LANES) + 1);
+}
+
+// N vectors of one row, from vector `first` on.
+template <int TYPE, int N> static inline void read_row(const void *data, int64_t at, int first, Vf (&y)[N]) {
+    if constexpr (TYPE == MC_I4) {
+        const uint8_t *p = (const uint8_t *)data + at + first * LANES / 2;
+        for (int i = 0; i < N; i += 2) {
+            Vi bytes = widen_bytes(p + i * LANES / 2);
+            y[i] = low_codes(bytes);
+            if (i + 1 < N) y[i + 1] = high_codes(bytes);
+        }
+    } else {
+        for (int i = 0; i < N; i++) {
+            int64_t from = at + (first + i) * LANES;
+            if constexpr (TYPE == MC_F32) y[i] = load((const float *)data + from);
+            if constexpr (TYPE == MC_BF16) y[i] = widen_bf16((const uint16_t *)data + from);
+            if constexpr (TYPE == MC_F16) y[i] = widen_f16((const uint16_t *)data + from);
+            if constexpr (TYPE == MC_I8) y[i] = widen_i8((const int8_t *)data + from);
+        }
+    }
+}
+
+// Scores of LANES keys for R queries, over N of the D/LANES vectors; `add` goes on with earlier ones.
+template <int TYPE, int R, int N>
+static inline void score(const void *k, const int64_t *at, int first, const float *q, int64_t D, float *s,
+                         int64_t s_row, bool add) {
+    Vf q_at[R][N];
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < N; i++) q_at[r][i] = load(q + r * D + (first + i) * LANES);
+    Vf acc[R][LANES];
+    for (int j = 0; j < LANES; j++) {
+        Vf row[N];
+        read_row<TYPE, N>(k, at[j], first, row);
+        for (int r = 0; r < R; r++) {
+            Vf x = q_at[r][0] * row[0];
+            for (int i = 1; i < N; i++) x += q_at[r][i] * row[i];
+            acc[r][j] = x;
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        Vf x = sums(acc[r]);
+        store(s + r * s_row, add ? load(s + r * s_row) + x : x);
+    }
+}
+
+// o [R][D] += sum over n keys of p [R][..] * value row, N vectors of the row at a time.
+template <int TYPE, int R, int N>
+static inline void gather(const void *v, const int64_t *at, int n, int first, const float *p, int64_t p_row,
+                          float *o, int64_t D) {
+    Vf acc[R][N];
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < N; i++) acc[r][i] = load(o + r * D + (first + i) * LANES);
+    for (int j = 0; j < n; j++) {
+        Vf row[N];
+        read_row<TYPE, N>(v, at[j], first, row);
+        for (int r = 0; r < R; r++)
+            for (int i = 0; i < N; i++) acc[r][i] += p[r * p_row + j] * row[i];
+    }
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < N; i++) store(o + r * D + (first + i) * LANES, acc[r][i]);
+}
+
+template <int TYPE, int R>
+static void score_all(const void *k, const int64_t *at, const float *q, int64_t D, float *s, int64_t s_row) {
+    int vectors = (int)(D / LANES), i = 0;
+    for (; i + 4 <= vectors; i += 4) score<TYPE, R, 4>(k, at, i, q, D, s, s_row, i > 0);
+    for (; i + 2 <= vectors; i += 2) score<TYPE, R, 2>(k, at, i, q, D, s, s_row, i > 0);
+    if constexpr (TYPE != MC_I4)
+        for (; i < vectors; i++) score<TYPE, R, 1>(k, at, i, q, D, s, s_row, i > 0);
+}
+
+template <int TYPE, int R>
+static void gather_all(const void *v, const int64_t *at, int n, const float *p, int64_t p_row, float *o,
+                       int64_t D) {
+    int vectors = (int)(D / LANES), i = 0;
+    for (; i + 4 <= vectors; i += 4) gather<TYPE, R, 4>(v, at, n, i, p, p_row, o, D);
+    for (; i + 2 <= vectors; i += 2) gather<TYPE, R, 2>(v, at, n, i, p, p_row, o, D);
+    if constexpr (TYPE != MC_I4)
+        for (; i < vectors; i++) gather<TYPE, R, 1>(v, at, n, i, p, p_row, o, D);
+}
+
+template <int TYPE>
+static void score_rows(int rows, const void *k, const int64_t *at, const float *q, int64_t D, float *s) {
+    int r = 0;
+    for (; r + 4 <= rows; r += 4) score_all<TYPE, 4>(k, at, q + r * D, D, s + r * PART_KEYS, PART_KEYS);
+    if (rows - r == 3) score_all<TYPE, 3>(k, at, q + r * D, D, s + r * PART_KEYS, PART_KEYS);
+    if (rows - r == 2) score_all<TYPE, 2>(k, at, q + r * D, D, s + r * PART_KEYS, PART_KEYS);
+    if (rows - r == 1) score_all<TYPE, 1>(k, at, q + r * D, D, s + r * PART_KEYS, PART_KEYS);
+}
+
+template <int TYPE>
+static void gather_rows(int rows, const void *v, const int64_t *at, int n, const float *p, float *o,
+                        int64_t D) {
+    int r = 0;
+    for (; r + 4 <= rows; r += 4) gather_all<TYPE, 4>(v, at, n, p + r * PART_KEYS, PART_KEYS, o + r * D, D);
+    if (rows - r == 3) gather_all<TYPE, 3>(v, at, n, p + r * PART_KEYS, PART_KEYS, o + r * D, D);
+    if (rows - r == 2) gather_all<TYPE, 2>(v, at, n, p + r * PART_KEYS, PART_KEYS, o + r * D, D);
+    if (rows - r == 1) gather_all<TYPE, 1>(v, at, n, p + r * PART_KEYS, PART_KEYS, o + r * D, D);
+}
+
+template <int TYPE>
+static void decode_part(const Decode &d, int64_t b, int64_t g, int64_t part, const float *q, float *partial) {
+    const McAttention &c = *d.c;
+    int64_t D = c.D, used = c.used ? c.used[b] : c.S, group = c.H / c.G;
+    int64_t candidates = c.slots ? c.slot_count : used;
+    int64_t from = candidates * part / d.parts, to = candidates * (part + 1) / d.parts;
+    if (!c.slots) {  // parts begin at whole chunks
+        from = part * ((used + d.parts - 1) / d.parts);
+        to = from + (used + d.parts - 1) / d.parts;
+        to = to > used ? used : to;
+    }
+    const int32_t *slots = c.slots ? c.slots + (b * c.G + g) * c.slot_count : nullptr;
+    const Interval *keys = d.keys ? d.keys + b * d.keys_stride : nullptr;
+    int rows = d.rows;
+    float *s = scratch.take<float>(MAX_ROWS * PART_KEYS), *o = partial;
+    float *m = partial + rows * D, *l = m + rows;
+    int64_t *at = scratch.take<int64_t>(PART_KEYS + LANES);
+    int32_t *slot = scratch.take<int32_t>(PART_KEYS + LANES);
+    for (int64_t i = 0; i < rows * D; i++) o[i] = 0;
+    for (int r = 0; r < rows; r++) m[r] = NOTHING, l[r] = 0;
+    float to_log2 = c.softcap > 0 ? LOG2E : c.scale * LOG2E;
+    int64_t k_at = b * c.k.batch + g * c.k.head, v_at = b * c.v.batch + g * c.v.head;
+    const float *k_token = c.k_token_scale ? c.k_token_scale + (b * c.G + g) * c.S : nullptr;
+    const float *v_token = c.v_token_scale ? c.v_token_scale + (b * c.G + g) * c.S : nullptr;
+
+    for (int64_t next = from; next < to;) {
+        int n = 0;
+        for (; n < PART_KEYS && next < to; next++) {
+            int64_t i = slots ? slots[next] : next;
+            // an empty slot may hold anything, NaN included: it is not read
+            if (i < 0 || i >= used || (keys && keys[i].low > keys[i].high)) continue;
+            slot[n++] = (int32_t)i;
+        }
+        if (!n) continue;
+        int padded = (n + LANES - 1) / LANES * LANES;
+        for (int j = n; j < padded; j++) slot[j] = slot[n - 1];
+        for (int j = 0; j < padded; j++) at[j] = k_at + (int64_t)slot[j] * c.k.token;
+        for (int j = 0; j < padded; j += LANES)
+            score_rows<TYPE>(rows, c.k.data, at + j, q, D, s + j);
+        for (int r = 0; r < rows; r++) {
+            float *x = s + r * PART_KEYS;
+            if (k_token)
+                for (int j = 0; j < n; j++) x[j] *= k_token[slot[j]];
+            if (c.softcap > 0)
+                for (int j = 0; j < padded; j += LANES)
+                    store(x + j, tanhv(load(x + j) * (c.scale / c.softcap)) * c.softcap);
+            int32_t q_at = d.query_at[b * c.T + r % c.T];
+            if (keys)
+                for (int j = 0; j < n; j++)
+                    if (q_at < keys[slot[j]].low || q_at > keys[slot[j]].high) x[j] = -__builtin_inff();
+            for (int j = n; j < padded; j++) x[j] = -__builtin_inff();
+            Vf top = load(x);
+            for (int j = LANES; j < padded; j += LANES) top = larger(top, load(x + j));
+            float now = max_of(top) * to_log2;
+            now = now > m[r] ? now : m[r];
+            Vf sum = {};
+            for (int j = 0; j < padded; j += LANES) {
+                Vf y = exp2v(load(x + j) * to_log2 - now);
+                store(x + j, y);
+                sum += y;
+            }
+            float less = exp2v(all(m[r] - now))[0];
+            l[r] = l[r] * less + sum_of(sum);
+            m[r] = now;
+            if (less != 1.0f)
+                for (int64_t i = 0; i < D; i += LANES) store(o + r * D + i, load(o + r * D + i) * less);
+            if (v_token)
+                for (int j = 0; j < n; j++) x[j] *= v_token[slot[j]];
+        }
+        for (int j = 0; j < n; j++) at[j] = v_at + (int64_t)slot[j] * c.v.token;
+        gather_rows<TYPE>(rows, c.v.data, at, n, s, o, D);
+    }
+    (void)group;
+}
+
+static void decode_task(void *data, size_t index) {
+    const Decode &d = *(const Decode *)data;
+    const McAttention &c = *d.c;
+    int64_t part = (int64_t)index % d.parts, g = (int64_t)index / d.parts % c.G;
+    int64_t b = (int64_t)index / d.parts / c.G, group = c.H / c.G, D = c.D;
+    size_t bytes = 4 * ((size_t)d.rows * (size_t)D + MAX_ROWS * PART_KEYS + 4 * (PART_KEYS + LANES)) + 4096;
+    if (!scratch.reserve(bytes + 4 * (size_t)D)) return;
+    float *q = scratch.take<float>((size_t)d.rows * (size_t)D), *row = scratch.take<float>((size_t)D);
+    for (int r = 0; r < d.rows; r++) {
+        int64_t h = g * group + r / c.T, t = r % c.T;
+        widen_row(c.q_type, c.q.data, b * c.q.batch + h * c.q.head + t * c.q.token, D, row);
+        for (int64_t i = 0; i < D; i++) {
+            int64_t channel = channel_of(c.kv_type, i);
+            q[r * D + i] = row[channel] * (c.k_scale ? c.k_scale[g * D + channel] : 1.0f);
+        }
+    }
+    float *partial = d.partial + index * (size_t)d.rows * (size_t)(D + 2);
+    switch (c.kv_type) {
+    case MC_F32: return decode_part<MC_F32>(d, b, g, part, q, partial);
+    case MC_BF16: return decode_part<MC_BF16>(d, b, g, part, q, partial);
+    case MC_F16: return decode_part<MC_F16>(d, b, g, part, q, partial);
+    case MC_I8: return decode_part<MC_I8>(d, b, g, part, q, partial);
+    default: return decode_part<MC_I4>(d, b, g, part, q, partial);
+    }
+}
+
+// Merge the parts of every query by log-sum-exp.
+static void merge_parts(const Decode &d) {
+    const McAttention &c = *d.c;
+    int64_t D = c.D, group = c.H / c.G;
+    size_t size = (size_t)d.rows * (size_t)(D + 2);
+    float out[256], plain[256];
+    for (int64_t bg = 0; bg < c.B * c.G; bg++)
+        for (int r = 0; r < d.rows; r++) {
+            const float *first = d.partial + (size_t)(bg * d.parts) * size;
+            float m = NOTHING, l = 0;
+            for (int64_t p = 0; p < d.parts; p++) {
+                float x = first[p * (int64_t)size + d.rows * D + r];
+                m = x > m ? x : m;
+            }
+            for (int64_t i = 0; i < D; i++) out[i] = 0;
+            for (int64_t p = 0; p < d.parts; p++) {
+                const float *part = first + p * (int64_t)size;
+                float by = exp2v(all(part[d.rows * D + r] - m))[0];
+                l += by * part[d.rows * D + d.rows + r];
+                for (int64_t i = 0; i < D; i++) out[i] += by * part[r * D + i];
+            }
+            int64_t b = bg / c.G, g = bg % c.G, h = g * group + r / c.T, t = r % c.T;
+            float by = l > 0 ? 1.0f / l : 0.0f;
+            for (int64_t i = 0; i < D; i++) {
+                int64_t channel = channel_of(c.kv_type, i);
+                plain[channel] = out[i] * by * (c.v_scale ? c.v_scale[g * D + channel] : 1.0f);
+            }
+            narrow_row(c.q_type, plain, D, c.out.data, b * c.out.batch + h * c.out.head + t * c.out.token);
+            if (c.lse)
+                c.lse[(b * c.H + h) * c.T + t] = l > 0 ? m * LN2 + __builtin_logf(l) : -__builtin_inff();
+        }
+}
+
+}  // namespace MC_ISA

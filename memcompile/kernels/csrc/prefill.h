@@ -1,0 +1,244 @@
+// Prefill: online-softmax attention (Milakov & Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022,
+// arXiv:2205.14135), 64 queries of a head at a time, a vector lane a query. Scores are kept as [key][query],
+// so the softmax runs down the columns and needs no sum across lanes.
+#pragma once
+#include "attention.h"
+#include "product.h"
+#include "rows.h"
+#include "scratch.h"
+#include "visibility.h"
+
+namespace MC_ISA {
+
+constexpr int MAX_TILE = 128;
+constexpr float NOTHING = -1e30f;  // the running maximum before any key
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+
+struct Prefill {
+    const McAttention *c;
+    const Interval *keys;       // [B or 1][S]
+    const TileView *views;      // [B or 1][tiles]
+    const int32_t *query_at;    // [B][T]
+    int64_t keys_stride, tiles;
+    int32_t key_tile, query_tile, query_tiles;
+    bool pairs;                 // bfloat16 pairs instead of float
+};
+
+// Columns [nq] of x [D][64] from rows of q; the last columns are zero.
+static void load_queries(const Prefill &p, const McTensor &q, int64_t b, int64_t h, int64_t t0, int nq,
+                         float *x, const float *key_scale) {
+    const McAttention &c = *p.c;
+    int64_t D = c.D;
+    float *row = scratch.take<float>((size_t)D);
+    for (int64_t i = 0; i < D * QUERIES; i++) x[i] = 0;
+    for (int t = 0; t < nq; t++) {
+        widen_row(c.q_type, q.data, b * q.batch + h * q.head + (t0 + t) * q.token, D, row);
+        if (key_scale)
+            for (int64_t d = 0; d < D; d++) row[d] *= key_scale[d];
+        for (int64_t d = 0; d < D; d++) x[d * QUERIES + t] = row[d];
+    }
+}
+
+#if defined(__AVX512BF16__)
+// x [2n][64] float -> y [n][64] of pairs (x[2i], x[2i+1]) in bfloat16
+static void pair_rows(const float *x, int64_t rows, uint32_t *y) {
+    for (int64_t i = 0; i < rows / 2; i++)
+        for (int v = 0; v < QUERIES; v += LANES) {
+            __m512i low = _mm512_cvtepu16_epi32(
+                (__m256i)_mm512_cvtneps_pbh((__m512)load(x + 2 * i * QUERIES + v)));
+            __m512i high = _mm512_cvtepu16_epi32(
+                (__m256i)_mm512_cvtneps_pbh((__m512)load(x + (2 * i + 1) * QUERIES + v)));
+            _mm512_storeu_si512(y + i * QUERIES + v, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
+}
+
+// value rows [n][D] in bfloat16 -> [ceil(n/2)][D] of pairs (row 2i, row 2i+1); a missing row is zero
+static void pair_values(const uint16_t *rows, int64_t stride, int n, int64_t D, uint32_t *y) {
+    for (int i = 0; i < n; i += 2) {
+        const uint16_t *a = rows + i * stride, *b = i + 1 < n ? a + stride : nullptr;
+        uint32_t *to = y + i / 2 * D;
+        for (int64_t d = 0; d < D; d++) to[d] = a[d] | (b ? (uint32_t)b[d] << 16 : 0);
+    }
+}
+#endif
+
+// Scores of keys that not all queries see.
+static void hide(float *s, int n, int columns, const Interval *keys, const int32_t *at) {
+    for (int j = 0; j < n; j++) {
+        Vi low = all_int(keys[j].low), high = all_int(keys[j].high);
+        for (int v = 0; v < columns; v += LANES) {
+            Vi q = load_int(at + v);
+            float *x = s + j * QUERIES + v;
+            store(x, ((q >= low) & (q <= high)) ? load(x) : all(-__builtin_inff()));
+        }
+    }
+}
+
+static inline void softcap(float *s, int n, int columns, float scale, float cap) {
+    for (int j = 0; j < n; j++)
+        for (int v = 0; v < columns; v += LANES) {
+            float *x = s + j * QUERIES + v;
+            store(x, tanhv(load(x) * (scale / cap)) * cap);
+        }
+}
+
+// s [n][64] scores -> probabilities against the running maximum; gives what earlier sums shrink by.
+static void softmax(float *s, int n, int columns, float to_log2, float *m, float *l, float *shrink) {
+    for (int v = 0; v < columns; v += LANES) {
+        Vf top = load(s + v);
+        for (int j = 1; j < n; j++) top = larger(top, load(s + j * QUERIES + v));
+        Vf old = load(m + v), now = larger(old, top * to_log2);
+        Vf sum = {};
+        for (int j = 0; j < n; j++) {
+            float *x = s + j * QUERIES + v;
+            Vf y = exp2v(load(x) * to_log2 - now);
+            store(x, y);
+            sum += y;
+        }
+        Vf less = exp2v(old - now);
+        store(shrink + v, less);
+        store(l + v, load(l + v) * less + sum);
+        store(m + v, now);
+    }
+}
+
+static void shrink_rows(float *o, int64_t rows, int columns, const float *by) {
+    for (int v = 0; v < columns; v += LANES) {
+        Vf f = load(by + v);
+        bool same = true;
+        for (int i = 0; i < LANES; i++) same &= f[i] == 1.0f;
+        if (same) continue;
+        for (int64_t r = 0; r < rows; r++) store(o + r * QUERIES + v, load(o + r * QUERIES + v) * f);
+    }
+}
+
+static bool chosen(const McAttention &c, const uint8_t *row, int64_t t0, int nq, int64_t s0, int n) {
+    int64_t across = (c.S + c.block_tokens - 1) / c.block_tokens;
+    for (int64_t i = t0 / c.block_tokens; i <= (t0 + nq - 1) / c.block_tokens; i++)
+        for (int64_t j = s0 / c.block_tokens; j <= (s0 + n - 1) / c.block_tokens; j++)
+            if (row[i * across + j]) return true;
+    return false;
+}
+
+static size_t prefill_bytes(const McAttention &c) {
+    size_t D = (size_t)c.D;
+    return 4 * (D * QUERIES * 3 + MAX_TILE * QUERIES * 2 + MAX_TILE * D * 2 + 8 * QUERIES + 4 * D) + 4096;
+}
+
+static void prefill_task(void *data, size_t index) {
+    const Prefill &p = *(const Prefill *)data;
+    const McAttention &c = *p.c;
+    int64_t D = c.D, G = c.G, group = c.H / G;
+    // the last queries have the most keys: they go first, so that no thread is left with them alone
+    int64_t qt = p.query_tiles - 1 - (int64_t)(index % (size_t)p.query_tiles);
+    int64_t h = (int64_t)(index / (size_t)p.query_tiles) % c.H;
+    int64_t b = (int64_t)(index / (size_t)p.query_tiles) / c.H, g = h / group;
+    int64_t t0 = qt * p.query_tile;
+    int nq = (int)(c.T - t0 < p.query_tile ? c.T - t0 : p.query_tile);
+    int columns = (nq + LANES - 1) / LANES * LANES;
+    if (!scratch.reserve(prefill_bytes(c))) return;
+
+    float *x = scratch.take<float>(D * QUERIES), *o = scratch.take<float>(D * QUERIES);
+    float *s = scratch.take<float>(MAX_TILE * QUERIES);
+    float *k_tile = scratch.take<float>(MAX_TILE * D), *v_tile = scratch.take<float>(MAX_TILE * D);
+    float *m = scratch.take<float>(QUERIES), *l = scratch.take<float>(QUERIES);
+    float *shrink = scratch.take<float>(QUERIES);
+    int32_t *at = scratch.take<int32_t>(QUERIES);
+    const float *ks = c.k_scale ? c.k_scale + g * D : nullptr;
+    load_queries(p, c.q, b, h, t0, nq, x, ks);
+#if defined(__AVX512BF16__)
+    uint32_t *x_pairs = scratch.take<uint32_t>(D / 2 * QUERIES);
+    uint32_t *p_pairs = scratch.take<uint32_t>(MAX_TILE / 2 * QUERIES);
+    if (p.pairs) pair_rows(x, D, x_pairs);
+#endif
+    for (int i = 0; i < QUERIES; i++) m[i] = NOTHING, l[i] = 0;
+    for (int64_t i = 0; i < D * QUERIES; i++) o[i] = 0;
+    int32_t q_from = LAST, q_to = FIRST;
+    for (int i = 0; i < QUERIES; i++) {
+        // a column that is only there to fill a vector sees what the first one sees
+        at[i] = p.query_at[b * c.T + t0 + (i < nq ? i : 0)];
+        if (at[i] < q_from) q_from = at[i];
+        if (at[i] > q_to) q_to = at[i];
+    }
+    const Interval *keys = p.keys + b * p.keys_stride;
+    const TileView *views = p.views + (p.keys_stride ? b * p.tiles : 0);
+    const uint8_t *blocks = c.blocks ? c.blocks + b * c.blocks_batch + h * c.blocks_head : nullptr;
+    float to_log2 = c.softcap > 0 ? LOG2E : c.scale * LOG2E;
+    int64_t used = c.used ? c.used[b] : c.S;
+
+    for (int64_t j = 0; j * p.key_tile < used; j++) {
+        const TileView &view = views[j];
+        if (view.lowest > q_to || view.highest < q_from) continue;
+        int64_t s0 = j * p.key_tile;
+        int n = (int)(used - s0 < p.key_tile ? used - s0 : p.key_tile);
+        if (blocks && !chosen(c, blocks, t0, nq, s0, n)) continue;
+        int64_t k_at = b * c.k.batch + g * c.k.head + s0 * c.k.token;
+        int64_t v_at = b * c.v.batch + g * c.v.head + s0 * c.v.token;
+        bool whole = view.all_from <= q_from && view.all_to >= q_to;
+#if defined(__AVX512BF16__)
+        if (p.pairs) {
+            product<uint32_t>((const uint32_t *)((const uint16_t *)c.k.data + k_at), c.k.token / 2, 1,
+                              x_pairs, n, D / 2, s, columns, false);
+        } else
+#endif
+        {
+            int64_t k_step = c.k.token;
+            const float *k = (const float *)c.k.data + k_at;
+            if (c.kv_type != MC_F32) {
+                widen_rows(c.kv_type, c.k.data, k_at, c.k.token, n, D, k_tile);
+                k = k_tile, k_step = D;
+            }
+            product<float>(k, k_step, 1, x, n, D, s, columns, false);
+        }
+        if (c.k_token_scale) scale_rows(s, n, columns, c.k_token_scale + (b * G + g) * c.S + s0);
+        if (c.softcap > 0) softcap(s, n, columns, c.scale, c.softcap);
+        if (!whole) hide(s, n, columns, keys + s0, at);
+        softmax(s, n, columns, to_log2, m, l, shrink);
+        shrink_rows(o, D, columns, shrink);
+        if (c.v_token_scale) scale_rows(s, n, columns, c.v_token_scale + (b * G + g) * c.S + s0);
+#if defined(__AVX512BF16__)
+        if (p.pairs) {
+            if (n % 2)
+                for (int i = 0; i < QUERIES; i++) s[n * QUERIES + i] = 0;
+            pair_rows(s, (n + 1) / 2 * 2, p_pairs);
+            uint16_t *v = (uint16_t *)c.v.data + v_at;
+            uint16_t *safe = (uint16_t *)k_tile;
+            int64_t step = c.v.token;
+            if (view.has_empty) {
+                for (int i = 0; i < n; i++)
+                    for (int64_t d = 0; d < D; d++)
+                        safe[i * D + d] = keys[s0 + i].low > keys[s0 + i].high ? 0 : v[i * step + d];
+                v = safe, step = D;
+            }
+            pair_values(v, step, n, D, (uint32_t *)v_tile);
+            product<uint32_t>((const uint32_t *)v_tile, 1, D, p_pairs, D, (n + 1) / 2, o, columns, true);
+        } else
+#endif
+        {
+            int64_t v_step = c.v.token;
+            const float *v = (const float *)c.v.data + v_at;
+            if (c.kv_type != MC_F32 || view.has_empty) {
+                widen_rows(c.kv_type, c.v.data, v_at, c.v.token, n, D, v_tile);
+                // an empty slot may hold anything, NaN included
+                for (int i = 0; i < n; i++)
+                    if (keys[s0 + i].low > keys[s0 + i].high)
+                        for (int64_t d = 0; d < D; d++) v_tile[i * D + d] = 0;
+                v = v_tile, v_step = D;
+            }
+            product<float>(v, 1, v_step, s, D, n, o, columns, true);
+        }
+    }
+
+    const float *vs = c.v_scale ? c.v_scale + g * D : nullptr;
+    float *row = k_tile;
+    for (int t = 0; t < nq; t++) {
+        float by = l[t] > 0 ? 1.0f / l[t] : 0.0f;
+        for (int64_t d = 0; d < D; d++) row[d] = o[d * QUERIES + t] * by * (vs ? vs[d] : 1.0f);
+        narrow_row(c.q_type, row, D, c.out.data, b * c.out.batch + h * c.out.head + (t0 + t) * c.out.token);
+        if (c.lse)
+            c.lse[(b * c.H + h) * c.T + t0 + t] =
+                l[t] > 0 ? m[t] * LN2 + __builtin_logf(l[t]) : -__builtin_inff();
+    }
+}
+
+}  // namespace MC_ISA

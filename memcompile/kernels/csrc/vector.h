@@ -1,0 +1,139 @@
+// Vectors of the instruction set this file is compiled for, without a line of intrinsics where the
+// compiler does as well. Everything is static: two instruction sets never share a symbol.
+#pragma once
+#include <immintrin.h>
+#include <cstdint>
+
+namespace MC_ISA {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, REGISTERS = 32;
+#else
+constexpr int LANES = 8, REGISTERS = 16;
+#endif
+
+typedef float Vf __attribute__((vector_size(LANES * 4)));
+typedef int32_t Vi __attribute__((vector_size(LANES * 4)));
+typedef float VfLoose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t ViLoose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+static inline Vf load(const float *p) { return *(const VfLoose *)p; }
+static inline void store(float *p, Vf x) { *(VfLoose *)p = x; }
+static inline Vi load_int(const int32_t *p) { return *(const ViLoose *)p; }
+static inline Vf all(float x) { return x - (Vf){}; }
+static inline Vi all_int(int32_t x) { return x - (Vi){}; }
+static inline Vf larger(Vf a, Vf b) { return a > b ? a : b; }
+
+static inline float sum_of(Vf x) {
+    float s = 0;
+    for (int i = 0; i < LANES; i++) s += x[i];
+    return s;
+}
+static inline float max_of(Vf x) {
+    float m = x[0];
+    for (int i = 1; i < LANES; i++) m = x[i] > m ? x[i] : m;
+    return m;
+}
+
+// 2**x to 2e-7 for x in [-125, 126]; 0 below.
+static inline Vf exp2v(Vf x) {
+    const Vf magic = all(12582912.0f);
+    Vf t = x + magic;
+    Vf f = x - (t - magic);
+    Vf p = all(1.5403530e-4f);
+    p = p * f + 1.3333558e-3f;
+    p = p * f + 9.6181291e-3f;
+    p = p * f + 5.5504109e-2f;
+    p = p * f + 2.4022651e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    // the low bits of t are the whole part of x
+    Vf y = (Vf)((Vi)p + ((Vi)t << 23));
+    return x < -125.0f ? (Vf){} : y;
+}
+
+// tanh through exp; |error| < 1e-6
+static inline Vf tanhv(Vf x) {
+    Vf a = (Vf)((Vi)x & 0x7fffffff);
+    a = a > 20.0f ? all(20.0f) : a;
+    Vf e = exp2v(a * -2.885390082f);
+    Vf y = (1.0f - e) / (1.0f + e);
+    return (Vf)((Vi)y | ((Vi)x & (int32_t)0x80000000));
+}
+
+static inline float from_bf16(uint16_t h) {
+    union { uint32_t u; float f; } x = {(uint32_t)h << 16};
+    return x.f;
+}
+static inline uint16_t to_bf16(float f) {
+    union { float f; uint32_t u; } x = {f};
+    if ((x.u & 0x7fffffff) > 0x7f800000) return (uint16_t)((x.u >> 16) | 0x40);
+    return (uint16_t)((x.u + 0x7fff + ((x.u >> 16) & 1)) >> 16);
+}
+static inline uint16_t to_f16(float f) { return (uint16_t)_cvtss_sh(f, 0); }
+static inline float from_f16(uint16_t h) { return _cvtsh_ss(h); }
+
+// LANES values of a cache row, as float. MC_I4 comes as the even channels of 2*LANES, then the odd ones.
+static inline Vf widen_bf16(const uint16_t *p) {
+#if defined(__AVX512F__)
+    return (Vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#else
+    return (Vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+#endif
+}
+static inline Vf widen_f16(const uint16_t *p) {
+#if defined(__AVX512F__)
+    return (Vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#else
+    return (Vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#endif
+}
+static inline Vf widen_i8(const int8_t *p) {
+#if defined(__AVX512F__)
+    return (Vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#else
+    return (Vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#endif
+}
+static inline Vi widen_bytes(const uint8_t *p) {
+#if defined(__AVX512F__)
+    return (Vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+#else
+    return (Vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+#endif
+}
+static inline Vf low_codes(Vi bytes) { return __builtin_convertvector((bytes & 15) - 8, Vf); }
+static inline Vf high_codes(Vi bytes) { return __builtin_convertvector((bytes >> 4) - 8, Vf); }
+
+// The two interleavings of a and b: a0 b0 a1 b1 ...
+static inline void interleave(Vf a, Vf b, Vf &low, Vf &high) {
+    Vi lo, hi;
+    for (int i = 0; i < LANES; i++) {
+        lo[i] = i / 2 + (i % 2) * LANES;
+        hi[i] = LANES / 2 + i / 2 + (i % 2) * LANES;
+    }
+    low = __builtin_shuffle(a, b, lo);
+    high = __builtin_shuffle(a, b, hi);
+}
+
+// Transpose LANES x LANES in registers: log2(LANES) rounds of perfect shuffles.
+static inline void transpose(Vf (&x)[LANES]) {
+    Vf y[LANES];
+    for (int round = 1; round < LANES; round *= 2) {
+        for (int i = 0; i < LANES / 2; i++) interleave(x[i], x[i + LANES / 2], y[2 * i], y[2 * i + 1]);
+        for (int i = 0; i < LANES; i++) x[i] = y[i];
+    }
+}
+
+// Lane i of the result is the sum of the lanes of x[i].
+static inline Vf sums(Vf (&x)[LANES]) {
+    for (int n = LANES / 2; n >= 1; n /= 2)
+        for (int i = 0; i < n; i++) {
+            Vf low, high;
+            interleave(x[i], x[i + n], low, high);
+            x[i] = low + high;
+        }
+    return x[0];
+}
+
+}  // namespace MC_ISA
