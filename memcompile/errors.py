@@ -31,6 +31,7 @@ ERRORS: Final[dict[str, ErrorKind]] = {
     "MC112": ErrorKind("unknown backend or device", USAGE),
     "MC113": ErrorKind("unknown gate, or a gate without a limit", USAGE),
     "MC114": ErrorKind("imported plan fragments cannot be resolved", USAGE),
+    "MC115": ErrorKind("a package or tool that the backend needs is not installed", USAGE),
     "MC120": ErrorKind("an argument of the command is not usable", USAGE),
     "MC121": ErrorKind("a text is missing or too short", USAGE),
     "MC130": ErrorKind("the prompt is longer than the model's positions", USAGE),

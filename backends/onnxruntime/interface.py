@@ -2,115 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from memcompile.artifact.manifest import MASK_INPUT, EvictEntry, GroupEntry, StateEntry, TensorEntry
 from memcompile.backends.onnxruntime.attention import padded_width
-from memcompile.errors import MemcompileError
-from memcompile.program import PositionGroup, Program, StateSpec
+from memcompile.lowering import interface
+from memcompile.lowering.interface import BATCH, ROWS, TOKENS, StepInterface, cache_tensors
+from memcompile.program import Program
 
-BATCH, TOKENS, ROWS = "batch", "tokens", "rows"
-
-
-@dataclass(frozen=True, slots=True)
-class StepInterface:
-    """Inputs and outputs of `step`, and the manifest's view of states and groups."""
-
-    inputs: tuple[TensorEntry, ...]
-    outputs: tuple[TensorEntry, ...]
-    states: tuple[StateEntry, ...]
-    groups: tuple[GroupEntry, ...]
+__all__ = ["BATCH", "ROWS", "TOKENS", "StepInterface", "cache_tensors", "step_interface"]
 
 
 def step_interface(program: Program, device: str) -> StepInterface:
-    """The interface of the program's step function.
+    """The interface of the program's step function on a device. Raises MC203."""
 
-    Raises MC203 for a group that is both windowed and evicted, which no cache layout serves.
-    """
-    groups = _groups(program)
-    states = tuple(_state(s, program.group(s.group), device) for s in program.states)
-    vocabulary = program.model.vocab_size or "vocabulary"
-    inputs = [
-        TensorEntry("input_ids", "int64", (BATCH, TOKENS)),
-        TensorEntry("position_ids", "int64", (BATCH, TOKENS)),
-        TensorEntry("logit_positions", "int64", (BATCH, ROWS)),
-        *(TensorEntry(g.input, "int64", (BATCH, f"slots.{g.name}")) for g in groups),
-    ]
-    outputs = [TensorEntry("logits", "float32", (BATCH, ROWS, vocabulary))]
-    inputs += cache_tensors(states)
-    outputs += cache_tensors(states, out=True)
-    for spec, state in zip(program.states, states, strict=True):
-        if state.observed_in and state.observed_out:
-            # the runtime feeds no past queries (width 0) once they have been used
-            width = f"observed.{state.group}"
-            dtype = _float(spec.dtype, device)
-            inputs.append(TensorEntry(state.observed_in, dtype, (BATCH, state.heads, width, spec.head_dim)))
-            kept = (BATCH, state.heads, spec.observe_tokens, spec.head_dim)
-            outputs.append(TensorEntry(state.observed_out, dtype, kept))
-    return StepInterface(tuple(inputs), tuple(outputs), states, groups)
+    def float_type(dtype: torch.dtype) -> str:
+        # the CPU provider's fused operators are float32
+        return "float16" if dtype == torch.float16 and device == "cuda" else "float32"
 
-
-def cache_tensors(states: tuple[StateEntry, ...], *, out: bool = False) -> list[TensorEntry]:
-    """Key and value tensors of the states, in order."""
-    tensors = []
-    for state in states:
-        dims = (BATCH, state.kv_heads, f"capacity.{state.group}", state.stored_width)
-        names = (state.key_out, state.value_out) if out else (state.key_in, state.value_in)
-        tensors += [TensorEntry(name, state.dtype, dims) for name in names]
-    return tensors
-
-
-def _groups(program: Program) -> tuple[GroupEntry, ...]:
-    entries: list[GroupEntry] = []
-    for group in program.groups:
-        if group.window and group.evict is not None:
-            raise MemcompileError(
-                "MC203",
-                f"the caches of {group.name} have a window of {group.window} tokens and are evicted as well",
-                fix="give the layers to one of the two passes",
-            )
-        plain = not group.window and group.evict is None
-        masked = plain and all(e.input != MASK_INPUT for e in entries)
-        evict = group.evict
-        entries.append(
-            GroupEntry(
-                name=group.name,
-                input=MASK_INPUT if masked else f"positions.{group.name}",
-                kind="positions" if group.window else "linear",
-                window=group.window,
-                sinks=group.sinks if group.window else 0,
-                block=group.block if group.window else 0,
-                stride=group.stride if group.window else 0,
-                evict=None
-                if evict is None
-                else EvictEntry(evict.keep_tokens, evict.keep_fraction, evict.observe_tokens),
-            )
-        )
-    return tuple(entries)
-
-
-def _state(spec: StateSpec, group: PositionGroup, device: str) -> StateEntry:
-    observes = bool(spec.observe_tokens)
-    storage = {8: "int8", 4: "uint8"}.get(spec.bits) or _float(spec.dtype, device)
-    return StateEntry(
-        region=spec.region,
-        group=group.name,
-        kv_heads=spec.kv_heads,
-        head_dim=padded_width(spec.head_dim),
-        key_in=f"past_key_values.{spec.region}.key",
-        value_in=f"past_key_values.{spec.region}.value",
-        key_out=f"present.{spec.region}.key",
-        value_out=f"present.{spec.region}.value",
-        bits=spec.bits,
-        dtype=storage,
-        heads=spec.heads,
-        observed_in=f"observed.{spec.region}" if observes else None,
-        observed_out=f"present_observed.{spec.region}" if observes else None,
-    )
-
-
-def _float(dtype: torch.dtype, device: str) -> str:
-    """The float type a device computes in: the CPU provider's fused operators are float32."""
-    return "float16" if dtype == torch.float16 and device == "cuda" else "float32"
+    return interface.step_interface(program, interface.Conventions(padded_width, float_type, masked=True))

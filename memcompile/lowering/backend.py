@@ -19,6 +19,7 @@ Progress = Callable[[str], None]
 BACKENDS: Final[dict[str, str]] = {
     "onnxruntime": "memcompile.backends.onnxruntime:OnnxRuntimeBackend",
     "torch": "memcompile.backends.torch:TorchBackend",
+    "tvm": "memcompile.backends.tvm:TvmBackend",
 }
 ENTRY_POINTS: Final = "memcompile.backends"
 

@@ -40,7 +40,7 @@ def _usable_cores() -> int:
 class Target(Section):
     """Where the artifact runs."""
 
-    backend: Literal["onnxruntime", "torch"] = Field("onnxruntime", description="what executes the artifact")
+    backend: Literal["onnxruntime", "torch", "tvm"] = Field("onnxruntime", description="what executes the artifact")
     device: Literal["cpu", "cuda"] = Field("cpu", description="the device it executes on")
     threads: Annotated[int, Field(ge=1, le=1024)] = Field(
         default_factory=_usable_cores,

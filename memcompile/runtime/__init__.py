@@ -1,4 +1,4 @@
-"""Run artifacts. Needs the backend's runtime, numpy and tokenizers; never the compiler, torch or transformers."""
+"""Run artifacts: the backend's runtime, numpy and tokenizers; never the compiler, torch or transformers."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ from memcompile.runtime.buffers import Array
 from memcompile.runtime.cache import DECODING, State
 
 
-
 class StepBinding:
     """Calls of `step` on one state: `feed` a row's tokens, or `decode` one token of every row.
 

@@ -1,0 +1,90 @@
+"""From an exported program to a Relax module: operators of ours become calls of TVMScript kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import tvm
+from torch import fx
+from tvm import relax
+from tvm.relax.frontend.torch import from_exported_program
+
+from memcompile.backends.tvm.kernels import AttentionSizes, attention_kernel, linear_kernel
+from memcompile.errors import MemcompileError
+
+Importer = Any  # tvm.relax.frontend.torch's importer class, which it does not export
+
+
+def to_relax(program: torch.export.ExportedProgram, function: str) -> tvm.IRModule:
+    """A module with one Relax function of a name. Raises MC901 for an operator that TVM does not import."""
+    kernels: dict[str, Any] = {}
+    try:
+        with torch.no_grad():
+            module = from_exported_program(program, custom_convert_map=_conversions(kernels))
+    except Exception as error:
+        # the importer raises whatever its hundred converters run into
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise MemcompileError(
+            "MC901",
+            f"TVM {tvm.__version__} does not import the graph: {first}",
+            where="backends/tvm/convert.py",
+            fix="report the model; the onnxruntime and torch backends run it",
+        ) from error
+    main = module["main"].with_attr("global_symbol", function)
+    renamed = {var: body for var, body in module.functions_items() if var.name_hint != "main"}
+    result = tvm.IRModule({function: main})
+    for var, body in renamed.items():
+        result[var] = body
+    return result
+
+
+def _conversions(kernels: dict[str, Any]) -> dict[str, Callable[[fx.Node, Importer], Any]]:
+    """Converters by operator name; `kernels` maps a kernel's key to its global variable."""
+
+    def add(importer: Importer, key: str, make: Callable[[], Any]) -> Any:
+        if key not in kernels:
+            name = f"memcompile_{key.split('(', 1)[0]}_{len(kernels)}"
+            kernels[key] = importer.block_builder.add_func(make().with_attr("global_symbol", name), name)
+        return kernels[key]
+
+    def row_linear(node: fx.Node, importer: Importer) -> Any:
+        x, weight = importer.retrieve_args(node)
+        builder = importer.block_builder
+        features, width = (int(d) for d in weight.ty.shape)
+        lead = list(x.ty.shape)[:-1]
+        rows: Any = tvm.tirx.IntImm("int64", 1)
+        for size in lead:
+            rows = rows * size
+        kernel = add(importer, f"linear({width},{features})", lambda: linear_kernel(width, features))
+        flat = x if len(lead) == 1 else builder.emit(relax.op.reshape(x, (rows, width)))
+        made = relax.TensorType((rows, features), "float32")
+        out = builder.emit(relax.op.call_tir(kernel, [flat, weight], made))
+        return out if len(lead) == 1 else builder.emit(relax.op.reshape(out, (*lead, features)))
+
+    def cached_attention(node: fx.Node, importer: Importer) -> Any:
+        arguments = importer.retrieve_args(node)
+        tensors = [a for a in arguments[:10] if a is not None]
+        q, _, v, cache_k, cache_v = tensors[:5]
+        sizes = AttentionSizes(
+            int(q.ty.shape[1]),
+            int(cache_k.ty.shape[1]),
+            int(q.ty.shape[3]),
+            int(v.ty.shape[3]),
+            *arguments[10:],
+        )
+        kernel = add(importer, f"attention({sizes})", lambda: attention_kernel(sizes))
+        made = relax.TensorType((*list(q.ty.shape)[:3], v.ty.shape[3]), "float32")
+        call = relax.op.call_tir_inplace(kernel, tensors, [-1, 3, 4], [made, cache_k.ty, cache_v.ty])
+        return importer.block_builder.emit(call)
+
+    def rms_norm(node: fx.Node, importer: Importer) -> Any:
+        x, weight, eps = importer.retrieve_args(node)
+        return importer.block_builder.emit(relax.op.nn.rms_norm(x, weight, axes=[-1], epsilon=eps))
+
+    return {
+        "row_linear.default": row_linear,
+        "cached_attention.default": cached_attention,
+        "rms_norm.default": rms_norm,
+    }

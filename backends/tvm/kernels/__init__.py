@@ -1,0 +1,8 @@
+"""Kernels in TVMScript: made for given sizes, generic in batch, tokens and slots."""
+
+from __future__ import annotations
+
+from memcompile.backends.tvm.kernels.attention import AttentionSizes, attention_kernel
+from memcompile.backends.tvm.kernels.linear import linear_kernel
+
+__all__ = ["AttentionSizes", "attention_kernel", "linear_kernel"]

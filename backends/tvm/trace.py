@@ -1,0 +1,181 @@
+"""Trace a graph for TVM: kernels where there are some, definitions where not, weights as inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from memcompile.artifact.manifest import TensorEntry
+from memcompile.backends.tvm import operators  # noqa: F401  (register)
+from memcompile.dialect import DIALECT
+from memcompile.errors import MemcompileError
+from memcompile.lowering import DefinitionInterpreter
+from memcompile.regions import argument
+
+aten: Any = torch.ops.aten
+ours: Any = torch.ops.memcompile_tvm
+# dialect operators that TVM has an operator of its own for
+KEPT: Final = ("rms_norm",)
+DTYPES: Final[dict[str, torch.dtype]] = {
+    "float32": torch.float32, "int64": torch.int64, "int32": torch.int32, "int8": torch.int8,
+    "uint8": torch.uint8, "bool": torch.bool,
+}  # fmt: skip
+_ATTENTION_FACTS: Final = ("scale", "causal", "window", "sinks", "block", "stride", "softcap", "bits")
+
+
+def weights_of(graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """The tensors that a graph reads, by name; a tensor with two names comes once."""
+    found: dict[str, torch.Tensor] = {}
+    seen: dict[int, str] = {}
+    for node in graph_module.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        value = _attribute(graph_module, str(node.target))
+        if isinstance(value, torch.Tensor) and seen.setdefault(id(value), str(node.target)) == node.target:
+            found[str(node.target)] = value
+    return found
+
+
+def stored_dtype(tensor: torch.Tensor) -> str:
+    """The type a weight has in the artifact: float types are float32, whatever the model's."""
+    return "float32" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+
+
+class Tracer(DefinitionInterpreter):
+    """Interprets a graph with operators that TVM has kernels for; computes in float32.
+
+    `first_slots` maps a position table's name to the slots of the first new token, int64 [B].
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, weights: Mapping[int, torch.Tensor]) -> None:
+        super().__init__(graph_module)
+        kept = {DIALECT[name].target for name in KEPT}
+        self.definitions = {t: d for t, d in self.definitions.items() if t not in kept}
+        self._weights = weights
+        self._first_slots: dict[Any, torch.Tensor] = {}
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return self._weights.get(id(value), value)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.target is torch.ops.memcompile.attention.default and argument(n, "past_k") is not None:
+            return self._attention(n)
+        return super().run_node(n)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = _widen(args), _widen(kwargs)
+        if target is aten.linear.default and args[0].ndim >= 2 and args[1].ndim == 2:
+            return _linear(*args, **kwargs)
+        if target is aten.addmm.default and not kwargs:
+            return _linear(args[1], args[2].t(), args[0])
+        return super().call_function(target, args, kwargs)
+
+    def _attention(self, node: fx.Node) -> Any:
+        value = {
+            a.name: argument(node, a.name)
+            for a in node.target._schema.arguments  # type: ignore[union-attr]
+        }
+        tensors: dict[str, Any] = {
+            name: self.env[given] for name, given in value.items() if isinstance(given, fx.Node)
+        }
+        if tensors.get("mask") is not None:
+            raise MemcompileError(
+                "MC203", f"attention {value['region']} has a mask computed at run time and a cache",
+                fix="use target.backend: onnxruntime",
+            )  # fmt: skip
+        table = value["positions"]
+        if table not in self._first_slots:
+            used = (tensors["positions"] >= 0).sum(dim=1)
+            self._first_slots[table] = used - tensors["q"].shape[2]
+        return ours.cached_attention(
+            tensors["q"], tensors["k"], tensors["v"], tensors["past_k"], tensors["past_v"],
+            tensors["positions"], self._query_positions(), self._first_slots[table],
+            tensors.get("k_scale"), tensors.get("v_scale"),
+            *(value[name] for name in _ATTENTION_FACTS),
+        )  # fmt: skip
+
+    def _query_positions(self) -> torch.Tensor:
+        value: torch.Tensor = next(v for n, v in self.env.items() if n.target == "position_ids")
+        return value
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    out: torch.Tensor = ours.row_linear(x, weight)
+    return out if bias is None else out + bias
+
+
+def _attribute(module: torch.nn.Module, name: str) -> Any:
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _widen(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return torch.float32 if value.is_floating_point else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_widen(v) for v in value)
+    return {k: _widen(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+class _Traced(torch.nn.Module):
+    def __init__(self, graph_module: fx.GraphModule, weights: Sequence[torch.Tensor], inputs: int) -> None:
+        super().__init__()
+        self._held = [graph_module]  # in a list: its parameters are not this module's
+        self._keys = [id(w) for w in weights]
+        self._inputs = inputs
+
+    def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        inputs, weights = given[: self._inputs], given[self._inputs :]
+        tracer = Tracer(self._held[0], dict(zip(self._keys, weights, strict=True)))
+        outputs = tracer.run(*inputs)
+        tensors = tuple(value for value in outputs if isinstance(value, torch.Tensor))
+        return tuple(value.float() if value.is_floating_point() else value for value in tensors)
+
+
+def trace(
+    graph_module: fx.GraphModule,
+    inputs: Sequence[TensorEntry],
+    sizes: Mapping[str, int],
+    weights: Mapping[str, torch.Tensor],
+) -> torch.export.ExportedProgram:
+    """The exported program of a graph over `inputs` and then `weights`; no tensor is copied.
+
+    `sizes` gives an example of every named dim. Raises MC901 when the graph cannot be traced.
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with mode:
+        examples = [
+            torch.empty([d if isinstance(d, int) else sizes[d] for d in e.dims], dtype=DTYPES[e.dtype])
+            for e in inputs
+        ]
+        examples += [torch.empty(w.shape, dtype=DTYPES[stored_dtype(w)]) for w in weights.values()]
+    dynamic: list[dict[int, Any]] = [
+        {axis: torch.export.Dim.DYNAMIC for axis, dim in enumerate(entry.dims) if isinstance(dim, str)}
+        for entry in inputs
+    ]
+    dynamic += [{} for _ in weights]
+    module = _Traced(graph_module, list(weights.values()), len(inputs))
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                module, tuple(examples), dynamic_shapes=(tuple(dynamic),), strict=False
+            )
+    except (torch._dynamo.exc.UserError, RuntimeError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise MemcompileError(
+            "MC901",
+            f"the graph could not be traced for TVM: {first}",
+            where="backends/tvm/trace.py",
+            fix="report the model; the onnxruntime and torch backends run it",
+        ) from error
+    program.graph_module.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program
