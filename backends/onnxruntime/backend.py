@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import fx
 
-from memcompile.artifact.manifest import MASK_INPUT, FunctionEntry, GroupEntry, PrefillEntry, TensorEntry
+from memcompile.artifact.manifest import MASK_INPUT, FunctionEntry, GroupEntry, PrefillEntry
 from memcompile.backends.onnxruntime import (  # noqa: F401  (register)
     attention,
     dense,
@@ -27,6 +27,7 @@ from memcompile.backends.onnxruntime.genai import GENAI_CONFIG, GENAI_MODEL, is_
 from memcompile.backends.onnxruntime.interface import StepInterface, step_interface
 from memcompile.errors import MemcompileError
 from memcompile.lowering import Lowered, Progress, inline_higher_order
+from memcompile.lowering.interface import forward_interface, step_sizes
 from memcompile.program import Program
 
 MODEL: Final = "model.onnx"
@@ -109,11 +110,7 @@ class _Step(torch.nn.Module):
 def _lower_step(program: Program, interface: StepInterface, destination: Path, device: str) -> FunctionEntry:
     assert program.step is not None
     graph = inline_higher_order(program.step)
-    # distinct sizes, none of them 0 or 1, so that the tracer takes no two dims for the same
-    sizes = {"batch": 2, "tokens": 5, "rows": 3}
-    for index, group in enumerate(interface.groups):
-        sizes |= {f"slots.{group.name}": 11 + 2 * index, f"capacity.{group.name}": 40 + 2 * index}
-        sizes[f"observed.{group.name}"] = 7
+    sizes = step_sizes(interface.groups)
     module = _Step(graph, interface.groups, wide=is_wide(program, device))
     model = to_model(
         module,
@@ -148,34 +145,10 @@ class _Forward(torch.nn.Module):
 
 
 def _lower_forward(program: Program, destination: Path, device: str) -> FunctionEntry:
-    placeholders = [n for n in program.forward.graph.nodes if n.op == "placeholder"]
     wide = is_wide(program, device)
-    inputs, examples = [], []
-    for spec, node in zip(program.inputs, placeholders, strict=True):
-        value = node.meta["val"]
-        dtype = "float32" if value.is_floating_point() and wide else spec.dtype
-        entry = TensorEntry(spec.name, dtype, tuple(_dim(dim) for dim in spec.dims))
-        inputs.append(entry)
-        sizes = {str(dim): _hint(size) for dim, size in zip(entry.dims, value.shape, strict=True)}
-        examples.append(example(entry, sizes))
-    outputs = [
-        TensorEntry(
-            spec.name, "float32" if "float" in spec.dtype else spec.dtype, tuple(_dim(d) for d in spec.dims)
-        )
-        for spec in program.outputs
-    ]
-    module = _Forward(inline_higher_order(program.forward), wide=is_wide(program, device))
+    interface = forward_interface(program, wide=wide)
+    inputs, outputs = interface.inputs, interface.outputs
+    module = _Forward(inline_higher_order(program.forward), wide=wide)
+    examples = [example(entry, interface.sizes) for entry in inputs]
     model = to_model(module, inputs, outputs, examples)
     return write(model, destination / MODEL, inputs, outputs)
-
-
-def _dim(dim: int | str) -> int | str:
-    return (
-        dim
-        if isinstance(dim, int) or dim.isidentifier()
-        else "_" + "".join(c if c.isalnum() else "_" for c in dim)
-    )
-
-
-def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)

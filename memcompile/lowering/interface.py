@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -63,6 +64,54 @@ def step_interface(program: Program, conventions: Conventions) -> StepInterface:
             kept = (BATCH, state.heads, spec.observe_tokens, spec.head_dim)
             outputs.append(TensorEntry(state.observed_out, dtype, kept))
     return StepInterface(tuple(inputs), tuple(outputs), states, groups)
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardInterface:
+    """Inputs and outputs of `forward`, and an example size of each of its named dims."""
+
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
+    sizes: dict[str, int]
+
+
+def forward_interface(program: Program, *, wide: bool) -> ForwardInterface:
+    """The interface of the program's whole-sequence function; float inputs are float32 if `wide`."""
+    placeholders = [n for n in program.forward.graph.nodes if n.op == "placeholder"]
+    inputs: list[TensorEntry] = []
+    sizes: dict[str, int] = {}
+    for spec, node in zip(program.inputs, placeholders, strict=True):
+        value = node.meta["val"]
+        dtype = "float32" if value.is_floating_point() and wide else spec.dtype
+        entry = TensorEntry(spec.name, dtype, tuple(_dim(dim) for dim in spec.dims))
+        inputs.append(entry)
+        sizes |= {str(dim): _hint(size) for dim, size in zip(entry.dims, value.shape, strict=True)}
+    outputs = [
+        TensorEntry(
+            spec.name, "float32" if "float" in spec.dtype else spec.dtype, tuple(_dim(d) for d in spec.dims)
+        )
+        for spec in program.outputs
+    ]
+    return ForwardInterface(tuple(inputs), tuple(outputs), sizes)
+
+
+def step_sizes(groups: Sequence[GroupEntry]) -> dict[str, int]:
+    """Example sizes of a step's dims: distinct and none of them 0 or 1, so that no two are taken for one."""
+    sizes = {BATCH: 2, TOKENS: 5, ROWS: 3}
+    for index, group in enumerate(groups):
+        sizes |= {f"slots.{group.name}": 11 + 2 * index, f"capacity.{group.name}": 40 + 2 * index}
+        sizes[f"observed.{group.name}"] = 7
+    return sizes
+
+
+def _dim(dim: int | str) -> int | str:
+    if isinstance(dim, int) or dim.isidentifier():
+        return dim
+    return "_" + "".join(c if c.isalnum() else "_" for c in dim)
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def cache_tensors(states: tuple[StateEntry, ...], *, out: bool = False) -> list[TensorEntry]:
