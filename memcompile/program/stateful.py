@@ -201,6 +201,7 @@ def _rewire_aranges(graph_module: fx.GraphModule, token_input: fx.Node, position
 # operators that act on each token row alone, so that rows can be chosen before them instead of after
 _ROW_WISE = {
     torch.ops.aten.linear.default, torch.ops.aten.tanh.default, torch.ops.memcompile.rms_norm.default,
+    torch.ops.memcompile.quantized_linear.default,
     torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default, torch.ops.aten.layer_norm.default,
     torch.ops.aten.native_layer_norm.default,
 }  # fmt: skip

@@ -11,10 +11,11 @@ from memcompile.regions.attention import (
 )
 from memcompile.regions.evict import EvictSpec, Scorer
 from memcompile.regions.masks import Causal, Mask, Padding, Runtime, SlidingWindow, Unmasked
-from memcompile.regions.model import ModelFacts, Refusal, TensorSpec
+from memcompile.regions.model import ModelFacts, Refusal, Region, TensorSpec
+from memcompile.regions.weights import WeightRegion, weight_regions
 
 __all__ = [
-    "AttentionRegion", "Causal", "EvictSpec", "Mask", "ModelFacts", "Padding", "Refusal", "Runtime", "Scorer",
-    "SlidingWindow", "TensorSpec", "Unmasked", "argument", "attention_nodes", "attention_regions",
-    "read_region",
+    "AttentionRegion", "Causal", "EvictSpec", "Mask", "ModelFacts", "Padding", "Refusal", "Region", "Runtime",
+    "Scorer", "SlidingWindow", "TensorSpec", "Unmasked", "WeightRegion", "argument", "attention_nodes",
+    "attention_regions", "read_region", "weight_regions",
 ]  # fmt: skip

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
+
+from torch import fx
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,22 @@ class ModelFacts:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"
+
+
+class Region(Protocol):
+    """A part of a graph that a pass acts on. `layer` is None for what stands outside of all layers."""
+
+    @property
+    def node(self) -> fx.Node: ...
+
+    @property
+    def region(self) -> str: ...
+
+    @property
+    def layer(self) -> int | None: ...
+
+    @property
+    def path(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from memcompile.calibrate.collect import Calibration, CalibrationData
 from memcompile.dialect import Cost
 from memcompile.errors import MemcompileError
 from memcompile.progress import SILENT, Progress
-from memcompile.regions import AttentionRegion, Refusal, attention_regions
+from memcompile.regions import AttentionRegion, Refusal, Region, attention_regions
 from memcompile.rewrite.emit import Decision, Emit
 from memcompile.rewrite.entry import PassEntry, Workload
 from memcompile.rewrite.fingerprint import graph_lines
@@ -24,7 +24,7 @@ from memcompile.rewrite.registry import load_pass
 from memcompile.rewrite.selectors import Site
 from memcompile.rewrite.verify import verify
 
-Accepted = tuple[AttentionRegion, Any]
+Accepted = tuple[Region, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +120,14 @@ def apply(
         run = _Run(graph_module, entry, rewrite_pass, workload, journal)
         outcome = run.run(calibration, progress)
         if strict:
-            _require_coverage(outcome)
+            _require_coverage(outcome, rewrite_pass)
         outcomes.append(outcome)
     return RewriteResult(graph_module, journal, tuple(outcomes))
 
 
 def select(
     graph_module: fx.GraphModule, entry: PassEntry, rewrite_pass: Pass[Any, Any, Any]
-) -> list[tuple[AttentionRegion, tuple[int, ...] | str | None]]:
+) -> list[tuple[Region, tuple[int, ...] | str | None]]:
     """The regions that an entry points at, each with its heads: None for all, a text when they cannot be had.
 
     Raises:
@@ -147,10 +147,12 @@ def select(
     layers = rewrite_pass.layers(entry.config, sites)
     if entry.layers is not None:
         layers &= entry.layers.resolve(sites)
-    chosen: list[tuple[AttentionRegion, tuple[int, ...] | str | None]] = []
-    for region in regions:
+    chosen: list[tuple[Region, tuple[int, ...] | str | None]] = []
+    for region in rewrite_pass.selected(regions, entry.config):
         heads = _heads_of(region, regions, entry, sites)
-        if region.layer in layers and heads != ():
+        # what stands outside of all layers is meant only where no layers are named
+        inside = region.layer in layers if region.layer is not None else entry.layers is None
+        if inside and heads != ():
             chosen.append((region, heads))
     if not chosen and regions:
         raise MemcompileError(
@@ -163,12 +165,13 @@ def select(
 
 
 def _heads_of(
-    region: AttentionRegion, regions: Sequence[AttentionRegion], entry: PassEntry, sites: Sequence[Site]
+    region: Region, regions: Sequence[Region], entry: PassEntry, sites: Sequence[Site]
 ) -> tuple[int, ...] | str | None:
     """The heads of the model, among those the region serves, that the entry asks for."""
-    if entry.heads is None:
+    if entry.heads is None or not isinstance(region, AttentionRegion):
         return None
-    same_layer = [r for r in regions if (r.layer, r.path) == (region.layer, region.path)]
+    attentions = [r for r in regions if isinstance(r, AttentionRegion)]
+    same_layer = [r for r in attentions if (r.layer, r.path) == (region.layer, region.path)]
     kv_heads = sum(r.kv_heads for r in same_layer)
     wanted = entry.heads.resolve(region.layer, sites, sum(r.heads for r in same_layer), kv_heads)
     if isinstance(wanted, str):
@@ -181,18 +184,22 @@ def _sites(regions: Sequence[AttentionRegion]) -> list[Site]:
 
 
 def _refuse_overlaps(graph_module: fx.GraphModule, loaded: Sequence[Loaded]) -> None:
-    """Two entries of one pass must not both claim a head: the plan would say two things about it."""
-    claimed: dict[tuple[str, int, int], PassEntry] = {}
+    """Two entries of one pass must not both claim a head or a weight: the plan would say two things."""
+    claimed: dict[tuple[str, int | str, int], PassEntry] = {}
     if len({entry.name for entry, _ in loaded}) == len(loaded):
         return
     for entry, rewrite_pass in loaded:
         for region, heads in select(graph_module, entry, rewrite_pass):
-            for head in region.kv_head_ids if heads is None or isinstance(heads, str) else heads:
-                other = claimed.setdefault((entry.name, region.layer, head), entry)
+            attention = isinstance(region, AttentionRegion)
+            parts = region.kv_head_ids if isinstance(region, AttentionRegion) else (0,)
+            for part in parts if heads is None or isinstance(heads, str) else heads:
+                place = region.layer if attention and region.layer is not None else region.region
+                other = claimed.setdefault((entry.name, place, part), entry)
                 if other is not entry:
                     raise MemcompileError(
                         "MC109",
-                        f"{entry.name} is asked for twice in layer {region.layer}",
+                        f"{entry.name} is asked for twice in "
+                        + (f"layer {region.layer}" if attention else region.region),
                         where=", ".join(place for place in (other.where, entry.where) if place) or None,
                         fix="give the two entries layers: that do not overlap",
                     )
@@ -211,11 +218,11 @@ def _refuse_idle(entry: PassEntry, rewrite_pass: Pass[Any, Any, Any], workload: 
         )
 
 
-def _require_coverage(outcome: PassOutcome) -> None:
+def _require_coverage(outcome: PassOutcome, rewrite_pass: Pass[Any, Any, Any]) -> None:
     entry, done = outcome.entry, len(outcome.rewritten)
     reasons = _reasons(outcome.refusals)
     if done == 0:
-        why = "the model has no attention region that was recognised"
+        why = f"the model has no {rewrite_pass.region_kind} that was recognised"
         if outcome.selected:
             why = f"refused in all {len(outcome.selected)} selected regions: {reasons}"
         raise MemcompileError(
@@ -291,7 +298,7 @@ class _Run:
         )
 
     def _check(
-        self, selected: Sequence[tuple[AttentionRegion, tuple[int, ...] | str | None]]
+        self, selected: Sequence[tuple[Region, tuple[int, ...] | str | None]]
     ) -> tuple[list[Accepted], list[Refusal]]:
         accepted: list[Accepted] = []
         refusals: list[Refusal] = []
@@ -324,9 +331,7 @@ class _Run:
         regions = [region for region, _ in accepted]
         return self.rewrite_pass.calibrate(self.graph_module, regions, self.entry.config, data, progress)
 
-    def _rewrite(
-        self, region: AttentionRegion, facts: Any, statistics: Mapping[str, torch.Tensor]
-    ) -> list[Decision]:
+    def _rewrite(self, region: Region, facts: Any, statistics: Mapping[str, torch.Tensor]) -> list[Decision]:
         written = len(self.journal.entries)
         emit = Emit(self.graph_module, self.entry.name, region.region, self.journal, statistics)
         self.rewrite_pass.rewrite(region, facts, emit)

@@ -12,7 +12,7 @@ from memcompile.rewrite.entry import PassEntry
 from memcompile.rewrite.pass_ import Pass
 
 # what holds of every program before any pass ran
-AT_THE_START: Final = frozenset({"float_cache", "whole_cache"})
+AT_THE_START: Final = frozenset({"float_cache", "float_weights", "whole_cache"})
 
 Loaded = tuple[PassEntry, Pass[Any, Any, Any]]
 

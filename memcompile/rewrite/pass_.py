@@ -14,7 +14,7 @@ from torch import fx
 from memcompile.calibrate.collect import Calibration, CalibrationData
 from memcompile.dialect import Cost
 from memcompile.progress import Progress
-from memcompile.regions import AttentionRegion, Refusal, attention_regions
+from memcompile.regions import Refusal, Region, attention_regions
 from memcompile.rewrite.emit import Emit
 from memcompile.rewrite.entry import Workload
 from memcompile.rewrite.selectors import Site
@@ -73,7 +73,7 @@ class Context:
 
 NO_CONTEXT = Context()
 
-RegionT = TypeVar("RegionT", bound=AttentionRegion)
+RegionT = TypeVar("RegionT", bound=Region)
 ConfigT = TypeVar("ConfigT", bound=PassConfig)
 FactsT = TypeVar("FactsT")
 
@@ -90,6 +90,7 @@ class Pass(ABC, Generic[RegionT, ConfigT, FactsT]):
     presets: ClassVar[Mapping[str, Preset]] = {}
     order: ClassVar[Order] = Order()
     takes_heads: ClassVar[bool] = False
+    region_kind: ClassVar[str] = "attention region"
 
     @abstractmethod
     def identity(self) -> ConfigT:
@@ -107,6 +108,15 @@ class Pass(ABC, Generic[RegionT, ConfigT, FactsT]):
         """The layers the config itself means; the plan's `layers:` narrows them further."""
         del config
         return frozenset(site.layer for site in sites)
+
+    def selected(self, regions: Sequence[RegionT], config: ConfigT) -> Sequence[RegionT]:
+        """The regions the config itself means, besides layers.
+
+        Raises:
+            MemcompileError: MC301, a selector of the config matches nothing.
+        """
+        del config
+        return regions
 
     @abstractmethod
     def check(self, region: RegionT, config: ConfigT, context: Context = NO_CONTEXT) -> FactsT | Refusal:
@@ -143,5 +153,7 @@ class Pass(ABC, Generic[RegionT, ConfigT, FactsT]):
 
     def refuse(self, region: RegionT, reason: str) -> Refusal:
         """A refusal of `region` in this pass's name."""
-        place = f"layer {region.layer} ({region.path or region.node.name})"
+        place = region.path or region.node.name
+        if region.layer is not None:
+            place = f"layer {region.layer} ({place})"
         return Refusal(where=place, reason=reason, pass_name=self.name)

@@ -45,6 +45,13 @@ class TinyAttention(nn.Module):
         return x + self.o_proj(out.transpose(1, 2).reshape(batch, tokens, -1))
 
 
+class Doubled(nn.Module):
+    """A parametrization: the weight that is used is computed from the one that is stored."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * 2
+
+
 class TinyModel(nn.Module):
     """Tokens and positions [B,T] (-1: padding) to logits [B,T,64]."""
 
@@ -76,12 +83,16 @@ def tiny_graph(
     layers: int = 3,
     dtype: torch.dtype = torch.float32,
     masked: bool = False,
+    computed: bool = False,
     each: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> fx.GraphModule:
-    """A captured graph; `each` gives attributes of single layers. Graphs made alike share their weights."""
-    key = (heads, kv_heads, head_dim, layers, dtype, masked, repr(each))
+    """A captured graph; `each` gives attributes of single layers. Graphs made alike share their weights.
+
+    computed: no weight of a layer, of the embedding or of the head is used as it is stored.
+    """
+    key = (heads, kv_heads, head_dim, layers, dtype, masked, computed, repr(each))
     if key not in _captured:
-        _captured[key] = _capture(heads, kv_heads, head_dim, layers, dtype, masked, each or {})
+        _captured[key] = _capture(heads, kv_heads, head_dim, layers, dtype, masked, computed, each or {})
     return copy_graph(_captured[key])
 
 
@@ -95,12 +106,17 @@ def _capture(
     layers: int,
     dtype: torch.dtype,
     masked: bool,
+    computed: bool,
     each: Mapping[int, Mapping[str, Any]],
 ) -> fx.GraphModule:
     attributes = [{"region": str(layer), **each.get(layer, {})} for layer in range(layers)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1234)
         model = TinyModel(heads, kv_heads, head_dim, attributes, masked).eval().to(dtype)
+    if computed:
+        for part in list(model.modules()):
+            if isinstance(part, nn.Linear | nn.Embedding):
+                torch.nn.utils.parametrize.register_parametrization(part, "weight", Doubled())
     batch, tokens = torch.export.Dim("batch", min=1), torch.export.Dim("tokens", min=1, max=512)
     example = {"input_ids": torch.ones(2, 9, dtype=torch.int64), "position_ids": torch.arange(9).expand(2, 9)}
     exported = torch.export.export(

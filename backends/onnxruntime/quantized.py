@@ -1,0 +1,86 @@
+"""Quantised weights as MatMulNBits and GatherBlockQuantized."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import fx
+
+from memcompile.backends.onnxruntime.emitter import MICROSOFT, Emitter, emit, lowers
+from memcompile.dialect.quantized_weights import block_of
+
+# accuracy_level: what the CPU kernel turns activations into before it multiplies them by codes
+INT8: Final = 4
+FLOAT: Final = 0
+
+
+@lowers(torch.ops.memcompile.quantized_linear.default)
+def lower_quantized_linear(emitter: Emitter, node: fx.Node) -> torch.Tensor:
+    """MatMulNBits; offsets are a second product, of each block's sum of x with the offsets.
+
+    The runtime's own float zero points would say the same, but it unpacks such weights at every call.
+    """
+    given = _arguments(node)
+    x, codes, scales, zero_points, offsets, bias = (
+        emitter.value(given[name]) for name in ("x", "codes", "scales", "zero_points", "offsets", "bias")
+    )
+    bits, width, rows = int(given["bits"]), int(x.shape[-1]), int(codes.shape[0])
+    block = block_of(codes, bits)
+    attributes = {
+        "K": width,
+        "N": rows,
+        "bits": bits,
+        "block_size": block,
+        "accuracy_level": INT8 if given["int8_activations"] else FLOAT,
+    }
+    shape = (*x.shape[:-1], rows)
+    inputs = [x, codes, scales, zero_points, None, bias]
+    while inputs[-1] is None:
+        inputs.pop()
+    product = emit(MICROSOFT + "MatMulNBits", inputs, attributes, like=x, shape=shape)
+    if offsets is None:
+        return product
+    sums = x @ _block_indicator(emitter, width, block, x)
+    return product + emit(MICROSOFT + "FusedMatMul", [sums, offsets], {"transB": 1}, like=x, shape=shape)
+
+
+@lowers(torch.ops.memcompile.quantized_embedding.default)
+def lower_quantized_embedding(emitter: Emitter, node: fx.Node) -> torch.Tensor:
+    """GatherBlockQuantized over the same stored codes that a tied head multiplies by."""
+    given = _arguments(node)
+    indices, codes, scales, zero_points, offsets = (
+        emitter.value(given[name]) for name in ("indices", "codes", "scales", "zero_points", "offsets")
+    )
+    bits, width = int(given["bits"]), int(given["width"])
+    block = block_of(codes, bits)
+    inputs = [codes.flatten(1), indices, scales]
+    attributes = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
+    rows = emit(
+        MICROSOFT + "GatherBlockQuantized",
+        inputs if zero_points is None else [*inputs, zero_points],
+        attributes,
+        like=scales,
+        shape=(*indices.shape, codes.shape[1] * block),
+    )
+    # the last block may be filled up
+    rows = rows[..., :width] if width % block else rows
+    if offsets is None:
+        return rows
+    shifts = torch.nn.functional.embedding(indices, offsets)
+    return rows + torch.matmul(shifts, _block_indicator(emitter, width, block, rows).mT)
+
+
+def _block_indicator(emitter: Emitter, width: int, block: int, like: torch.Tensor) -> torch.Tensor:
+    """float32 [width,blocks]: 1 where an input belongs to a block."""
+    key = ("block indicator", width, block)
+    if key not in emitter.memo:
+        member = torch.arange(width) // block
+        emitter.memo[key] = torch.nn.functional.one_hot(member, -(-width // block)).to(like.dtype)
+    indicator: torch.Tensor = emitter.memo[key]
+    return indicator
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}

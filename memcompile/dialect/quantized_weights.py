@@ -1,0 +1,106 @@
+"""Weights as blocks of 4- or 8-bit codes, in the layout that ONNX Runtime's MatMulNBits reads.
+
+A row of K weights is cut into blocks along K; the last one is filled up. In a block,
+`weight = scale * (code - zero_point) + offset`. Without zero points a code is off by half its range (8 or
+128); offsets are there for formats whose zero falls between two codes, such as GGUF's Q4_1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight [N,K] as codes.
+
+    codes uint8 [N,blocks,block*bits/8], two 4-bit codes in a byte, the earlier in the low half; scales
+    float32 [N,blocks]; zero_points uint8 [N,ceil(blocks*bits/8)] or None; offsets float32 [N,blocks] or None.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zero_points: torch.Tensor | None
+    offsets: torch.Tensor | None
+    bits: int
+    in_features: int
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.codes, self.scales, self.zero_points, self.offsets)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """What the codes stand for, [N,K]."""
+        return dequantize(
+            self.codes, self.scales, self.zero_points, self.offsets, self.bits, self.in_features, dtype
+        )
+
+
+def block_of(codes: torch.Tensor, bits: int) -> int:
+    """Weights in a block of `codes` [...,block*bits/8]."""
+    return codes.shape[-1] * 8 // bits
+
+
+def middle_code(bits: int) -> int:
+    """The code that stands for zero where a block has no zero point."""
+    return 1 << (bits - 1)
+
+
+def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes [...,n] of `bits` bits as bytes, uint8 [...,ceil(n*bits/8)]; an odd rest is filled with 0."""
+    values = values.to(torch.uint8)
+    if bits == 8:
+        return values
+    if values.shape[-1] % 2:
+        values = torch.nn.functional.pad(values, (0, 1))
+    return values[..., ::2] | (values[..., 1::2] << 4)
+
+
+def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The first `count` codes of `packed` along its last axis, uint8."""
+    if bits == 8:
+        return packed[..., :count]
+    halves = torch.stack((packed & 15, packed >> 4), dim=-1)
+    return halves.flatten(-2)[..., :count]
+
+
+def dequantize(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+    bits: int,
+    width: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The weights [...,width] that codes [...,blocks,bytes] stand for, summed in float32 or wider."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    block = block_of(codes, bits)
+    values = unpack(codes, bits, block).to(wide)
+    if zero_points is None:
+        values = values - middle_code(bits)
+    else:
+        values = values - unpack(zero_points, bits, codes.shape[-2]).to(wide).unsqueeze(-1)
+    values = values * scales.to(wide).unsqueeze(-1)
+    if offsets is not None:
+        values = values + offsets.to(wide).unsqueeze(-1)
+    return values.flatten(-2)[..., :width].to(dtype)
+
+
+def stored_bytes(N: int, K: int, block: int, bits: int, *, zero_points: bool, offsets: bool) -> int:
+    """Bytes of a quantised weight [N,K]."""
+    blocks = -(-K // block)
+    codes = N * blocks * block * bits // 8
+    floats = N * blocks * 4 * (2 if offsets else 1)
+    return codes + floats + (N * -(-blocks * bits // 8) if zero_points else 0)
+
+
+def in_blocks(weight: torch.Tensor, block: int) -> torch.Tensor:
+    """A weight [N,K] as float32 blocks [N,blocks,block]; what is missing in the last one is zero."""
+    rows, width = weight.shape
+    blocks = -(-width // block)
+    padded = torch.nn.functional.pad(weight.float(), (0, blocks * block - width))
+    return padded.reshape(rows, blocks, block)
