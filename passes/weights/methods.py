@@ -109,7 +109,7 @@ def half_quadratic(blocks: torch.Tensor, grid: Grid, zero_point: ZeroPoint) -> G
     """Fit the grid to |error|^p, p < 1, so that few large errors weigh less than many small ones.
 
     Badri & Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models": a sparse part of
-    the error is split off (by the shrinkage of the p-norm), the grid is fitted in closed form to what is left.
+    the error is split off (by the shrinkage of the p-norm), the grid is fitted in closed form to the rest.
     The original fits a float zero point; where the format has only integers or none, the scale is fitted.
     Errors are counted in steps of the grid, so that one beta serves all weights. Each block keeps the grid
     with the smallest sum of |error| that it saw.
