@@ -18,6 +18,7 @@ from memcompile.dialect.op import (
     differentiate_through_definition,
     register,
 )
+from memcompile.dialect.selection import select_for_rows
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -74,6 +75,7 @@ def attention_definition(
     mask: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    pattern: torch.Tensor | None = None,
     *,
     scale: float,
     causal: bool = True,
@@ -83,6 +85,8 @@ def attention_definition(
     stride: int = 0,
     softcap: float = 0.0,
     bits: int = 0,
+    pattern_block: int = 0,
+    pattern_from: int = 0,
     region: str = "",
 ) -> Triple:
     """The meaning of `memcompile::attention`, dense and slow; scores are kept in float32 or wider."""
@@ -109,6 +113,17 @@ def attention_definition(
             allowed = allowed & mask
         else:
             scores = scores + mask.to(work)
+    if pattern is not None:
+        chosen = select_for_rows(
+            q.to(work),
+            keys.to(work),
+            positions,
+            pattern,
+            block=pattern_block,
+            begin=pattern_from,
+            scale=scale,
+        )
+        allowed = allowed & chosen
     scores = scores.masked_fill(~allowed, float("-inf"))
     # a row that sees nothing is all -inf: its softmax is NaN, its meaning is zero
     weights = torch.softmax(scores, dim=-1).masked_fill(~allowed, 0.0)
@@ -131,6 +146,7 @@ def _by_kernel(
     positions: torch.Tensor | None,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
+    pattern: torch.Tensor | None,
     *,
     bits: int,
     **attributes: Any,
@@ -149,8 +165,11 @@ def _by_kernel(
     if not placed and positions is not None:
         # queries without a place of their own see every key that is there
         query_positions = positions.new_zeros((q.shape[0], q.shape[2]))
+    if pattern is not None and positions is not None and bool((positions < 0).any()):
+        # kernels choose by slot, and an empty slot is no key
+        return None
     out = kernel_attention(
-        q, keys, values, positions=positions, query_positions=query_positions,
+        q, keys, values, positions=positions, query_positions=query_positions, pattern=pattern,
         k_scale=k_scale if bits else None, v_scale=v_scale if bits else None, **attributes,
     )  # fmt: skip
     if out is None:
@@ -171,6 +190,7 @@ def attention(
     mask: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    pattern: torch.Tensor | None = None,
     *,
     scale: float,
     causal: bool = True,
@@ -180,6 +200,8 @@ def attention(
     stride: int = 0,
     softcap: float = 0.0,
     bits: int = 0,
+    pattern_block: int = 0,
+    pattern_from: int = 0,
     region: str = "",
 ) -> Triple:
     """Attend from `q` [B,H,T,D] over the cache and the new `k`, `v` [B,G,S,D].
@@ -189,17 +211,26 @@ def attention(
         None: 0, 1, 2, ... Queries of a call that is neither causal nor windowed nor stateful have none.
     mask: a mask computed at run time, additive or bool (True: may look), broadcastable to [B,H,T,P+S].
     k_scale, v_scale: float32 [G*D], needed when `bits` is 8 or 4.
+    pattern: int32 [H,4], which keys each head chooses when a prompt is read, in blocks of `pattern_block`
+        tokens and from more than `pattern_from` keys on (memcompile/dialect/selection.py).
     Returns the output [B,H,T,D] and the next state of keys and values (empty for a stateless call).
     """
     if mask is None and scale > 0:
         fast = _by_kernel(
-            q, k, v, past_k, past_v, positions, k_scale, v_scale,
+            q, k, v, past_k, past_v, positions, k_scale, v_scale, pattern,
             scale=scale, causal=causal, window=window, sinks=sinks, block=block, stride=stride,
-            softcap=softcap, bits=bits,
+            softcap=softcap, bits=bits, pattern_block=pattern_block, pattern_from=pattern_from,
         )  # fmt: skip
         if fast is not None:
             return fast
-    plain = positions is None and mask is None and window == 0 and softcap == 0.0 and past_k is None
+    plain = (
+        positions is None
+        and mask is None
+        and pattern is None
+        and window == 0
+        and softcap == 0.0
+        and past_k is None
+    )
     if plain and (not causal or q.shape[2] == k.shape[2]):
         keys, _ = append_to_cache(k, None, k_scale, bits)
         values, _ = append_to_cache(v, None, v_scale, bits)
@@ -211,9 +242,9 @@ def attention(
         shape = (k.shape[0], k.shape[1], 0, code_width(bits, k.shape[-1]))
         return out.contiguous(), k.new_empty(shape, dtype=state), v.new_empty(shape, dtype=state)
     out, k_state, v_state = attention_definition(
-        q, k, v, past_k, past_v, positions, mask, k_scale, v_scale,
+        q, k, v, past_k, past_v, positions, mask, k_scale, v_scale, pattern,
         scale=scale, causal=causal, window=window, sinks=sinks, block=block, stride=stride,
-        softcap=softcap, bits=bits, region=region,
+        softcap=softcap, bits=bits, pattern_block=pattern_block, pattern_from=pattern_from, region=region,
     )  # fmt: skip
     if past_k is None:
         return out, k_state.clone(), v_state.clone()
@@ -231,6 +262,7 @@ def _(
     mask: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    pattern: torch.Tensor | None = None,
     *,
     scale: float,
     causal: bool = True,
@@ -240,6 +272,8 @@ def _(
     stride: int = 0,
     softcap: float = 0.0,
     bits: int = 0,
+    pattern_block: int = 0,
+    pattern_from: int = 0,
     region: str = "",
 ) -> Triple:
     batch, groups, new, width = k.shape
@@ -250,7 +284,7 @@ def _(
     return out, k.new_empty(state, dtype=dtype), v.new_empty(state, dtype=dtype)
 
 
-differentiate_through_definition(attention, attention_definition, tensor_count=9)
+differentiate_through_definition(attention, attention_definition, tensor_count=10)
 
 
 def attention_cost(

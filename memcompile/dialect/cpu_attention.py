@@ -42,6 +42,9 @@ def kernel_attention(
     v_token_scale: torch.Tensor | None = None,
     blocks: torch.Tensor | None = None,
     block_tokens: int = 0,
+    pattern: torch.Tensor | None = None,
+    pattern_block: int = 0,
+    pattern_from: int = 0,
     slots: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     causal: bool = True,
@@ -58,7 +61,7 @@ def kernel_attention(
 
     positions [B or 1,S], query_positions [B,T]: int64; used [B] int32; blocks [B,H,T/n,S/n] uint8;
     slots [B,G,N] int32, for decoding; lse [B,H,T] float32 is written. Token scales are [B,G,S] float32,
-    channel scales [G*D]. Codes are int8, or uint8 with two int4 channels each. See csrc/attention.h.
+    channel scales [G*D]; pattern [H,4] int32, see memcompile/dialect/selection.py. Codes are int8, or uint8 with two int4 channels each. See csrc/attention.h.
     """
     if not takes(q, keys, values) or (library := cpu_library()) is None:
         return None
@@ -70,7 +73,8 @@ def kernel_attention(
         q=_tensor(q), k=_tensor(keys), v=_tensor(values), out=_tensor(out),
         q_type=_TYPES[q.dtype], kv_type=_TYPES[keys.dtype], scale=scale, softcap=softcap,
         causal=causal, window=window, sinks=sinks, block=block, stride=stride,
-        block_tokens=block_tokens, threads=torch.get_num_threads() if threads is None else threads,
+        block_tokens=block_tokens if pattern is None else pattern_block, pattern_from=pattern_from,
+        threads=torch.get_num_threads() if threads is None else threads,
         splits=splits, key_tile=key_tile,
     )  # fmt: skip
     held: list[torch.Tensor] = []  # a converted copy must live as long as the call
@@ -78,7 +82,8 @@ def kernel_attention(
         ("key_positions", positions, torch.int64), ("query_positions", query_positions, torch.int64),
         ("used", used, torch.int32), ("k_scale", k_scale, torch.float32), ("v_scale", v_scale, torch.float32),
         ("k_token_scale", k_token_scale, torch.float32), ("v_token_scale", v_token_scale, torch.float32),
-        ("blocks", blocks, torch.uint8), ("slots", slots, torch.int32), ("lse", lse, torch.float32),
+        ("blocks", blocks, torch.uint8), ("slots", slots, torch.int32), ("pattern", pattern, torch.int32),
+        ("lse", lse, torch.float32),
     ):  # fmt: skip
         if tensor is not None:
             held.append(tensor.detach().to(dtype).contiguous())

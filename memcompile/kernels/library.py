@@ -34,7 +34,8 @@ class CAttention(ctypes.Structure):
         ("used", c_void_p),
         *((name, c_void_p) for name in ("k_scale", "v_scale", "k_token_scale", "v_token_scale")),
         ("blocks", c_void_p), ("block_tokens", c_int64), ("blocks_batch", c_int64), ("blocks_head", c_int64),
-        ("slots", c_void_p), ("slot_count", c_int64), ("lse", c_void_p),
+        ("slots", c_void_p), ("slot_count", c_int64),
+        ("pattern", c_void_p), ("pattern_from", c_int64), ("lse", c_void_p),
         ("parallel", c_void_p), ("host", c_void_p),
         ("threads", c_int32), ("splits", c_int32), ("key_tile", c_int32),
     ]  # fmt: skip

@@ -35,6 +35,8 @@ struct McAttention {
     int64_t block_tokens, blocks_batch, blocks_head;
     const int32_t *slots;            // [B,G,slot_count] chosen slots, -1: none; decode only
     int64_t slot_count;
+    const int32_t *pattern;          // [H,4] what each head chooses when a prompt is read (select.h); or null
+    int64_t pattern_from;            // calls with at most so many slots in use are dense
     float *lse;                      // [B,H,T] log-sum-exp of the scaled scores, or null
     McParallel parallel;             // null: threads of our own
     void *host;

@@ -1,6 +1,7 @@
 // One instruction set's kernels. Compiled once a set, with MC_ISA its name.
 #include "decode.h"
 #include "prefill.h"
+#include "select.h"
 
 namespace MC_ISA {
 
@@ -48,8 +49,10 @@ static int32_t decode(const McAttention &c, int32_t *at, const Interval *keys, i
     return 0;
 }
 
-static int32_t prefill(const McAttention &c, int32_t *at, const Interval *keys, int64_t keys_stride) {
-    Prefill p = {&c, keys, nullptr, at, keys_stride, 0, 0, 0, 0, false};
+static int32_t prefill(const McAttention &c, int32_t *at, const Interval *keys, int64_t keys_stride,
+                       const Selection *chosen) {
+    Prefill p = {&c, keys, nullptr, at, keys_stride, 0, 0, 0, 0, false, nullptr, nullptr, 0};
+    if (chosen) p.columns = chosen->columns, p.column_count = chosen->column_count, p.most_columns = chosen->most;
     p.key_tile = c.key_tile ? c.key_tile : 64;
     p.query_tile = QUERIES;
     if (c.blocks && c.block_tokens < p.key_tile) p.key_tile = (int32_t)c.block_tokens;
@@ -74,12 +77,48 @@ static int32_t prefill(const McAttention &c, int32_t *at, const Interval *keys, 
     return 0;
 }
 
+// Choose blocks and columns by the heads' patterns, then attend over them.
+static int32_t sparse_prefill(McAttention c, int32_t *at, const Interval *keys, int64_t keys_stride) {
+    if (!patterns_are_legal(c)) return 4;
+    Selection s = {&c, keys, at, keys_stride, c.block_tokens, (c.S + c.block_tokens - 1) / c.block_tokens,
+                   (c.T + c.block_tokens - 1) / c.block_tokens, nullptr, nullptr, nullptr, 0, false};
+    for (int64_t h = 0; h < c.H; h++)
+        if (c.pattern[h * 4] == VERTICAL_SLASH && c.pattern[h * 4 + 1] > s.most) s.most = c.pattern[h * 4 + 1];
+    if (s.most) s.most = s.most < FORCED_COLUMNS ? FORCED_COLUMNS : s.most;
+    size_t heads = (size_t)(c.B * c.H);
+    s.blocks = (uint8_t *)malloc(heads * (size_t)(s.down * s.across) + 1);
+    s.columns = (int32_t *)malloc(heads * (size_t)s.most * 4 + 1);
+    s.column_count = (int32_t *)malloc(heads * 4 + 1);
+    int32_t code = 2;
+    if (s.blocks && s.columns && s.column_count) {
+        run(c, select_task, heads, &s);
+        c.blocks = s.blocks, c.blocks_head = s.down * s.across, c.blocks_batch = c.H * c.blocks_head;
+        if (!s.failed) code = prefill(c, at, keys, keys_stride, s.most ? &s : nullptr);
+    }
+    free(s.blocks);
+    free(s.columns);
+    free(s.column_count);
+    return code;
+}
+
+// Whether some head of some row has something to choose.
+static bool has_choice(const McAttention &c) {
+    if (!c.pattern || c.blocks || c.T <= MAX_ROWS) return false;
+    for (int64_t b = 0; b < c.B; b++) {
+        int64_t used = c.used ? c.used[b] : c.S;
+        if (used <= c.pattern_from) continue;
+        for (int64_t h = 0; h < c.H; h++)
+            if (!covers(c.pattern + h * 4, used, c.block_tokens)) return true;
+    }
+    return false;
+}
+
 int32_t attention(const McAttention &c) {
     int32_t *at = (int32_t *)malloc((size_t)(c.B * c.T + 1) * 4);
     if (!at) return 2;
     find_queries(c, at);
     bool whole_vectors = c.D % LANES == 0 && (c.kv_type != MC_I4 || c.D % (2 * LANES) == 0);
-    bool few = c.H / c.G * c.T <= MAX_ROWS && whole_vectors && !c.blocks;
+    bool few = c.H / c.G * c.T <= MAX_ROWS && whole_vectors && !c.blocks && !has_choice(c);
     Interval *keys = nullptr;
     int64_t keys_stride = 0;
     if (!few || !all_visible(c)) {
@@ -94,7 +133,11 @@ int32_t attention(const McAttention &c) {
             for (int64_t s = 0; s < c.S; s++)
                 keys[b * c.S + s] = interval_of(c, c.key_positions ? c.key_positions[b * c.positions_stride + s] : s);
     }
-    int32_t code = few ? decode(c, at, keys, keys_stride) : c.slots ? 3 : prefill(c, at, keys, keys_stride);
+    int32_t code;
+    if (few) code = decode(c, at, keys, keys_stride);
+    else if (c.slots) code = 3;
+    else if (has_choice(c)) code = sparse_prefill(c, at, keys, keys_stride);
+    else code = prefill(c, at, keys, keys_stride, nullptr);
     free(keys);
     free(at);
     return code;

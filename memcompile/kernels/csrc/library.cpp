@@ -178,7 +178,7 @@ int32_t mc_attention(const McAttention *call) {
     if (c.q_type < MC_F32 || c.q_type > MC_F16 || c.kv_type < MC_F32 || c.kv_type > MC_I4) return SIZES;
     if ((c.kv_type >= MC_I8) != (c.k_scale || c.k_token_scale) || !(c.scale > 0)) return SIZES;
     if (c.kv_type == MC_I4 && c.D % 2) return SIZES;
-    if (c.blocks && c.block_tokens != 32 && c.block_tokens != 64 && c.block_tokens != 128) return SIZES;
+    if ((c.blocks || c.pattern) && c.block_tokens != 32 && c.block_tokens != 64 && c.block_tokens != 128) return SIZES;
     if (c.key_tile && c.key_tile != 16 && c.key_tile != 32 && c.key_tile != 64 && c.key_tile != 128) return SIZES;
     if (c.used)
         for (int64_t b = 0; b < c.B; b++)

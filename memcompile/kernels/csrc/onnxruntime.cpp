@@ -71,7 +71,7 @@ struct OrtCustomOp {
 constexpr int FLOAT = 1, UINT8 = 2, INT8 = 3, INT32 = 6, INT64 = 7;
 constexpr int REQUIRED = 0, OPTIONAL = 1;
 
-enum Input { Q, K, V, PAST_K, PAST_V, LAST_SLOT, SLOTS, POSITIONS, K_SCALE, V_SCALE, BLOCKS, INPUTS };
+enum Input { Q, K, V, PAST_K, PAST_V, LAST_SLOT, SLOTS, POSITIONS, K_SCALE, V_SCALE, PATTERN, INPUTS };
 enum Output { OUT, PRESENT_K, PRESENT_V, OUTPUTS };
 
 struct Operator : OrtCustomOp {
@@ -84,7 +84,7 @@ struct Kernel {
     const OrtApi *api;
     int32_t cache_type;
     int64_t heads = 0, kv_heads = 0, causal = 1, window = 0, sinks = 0, block = 0, stride = 0;
-    int64_t block_tokens = 0, splits = 0, key_tile = 0;
+    int64_t block_tokens = 0, pattern_from = 0, splits = 0, key_tile = 0;
     float scale = 0, softcap = 0;
 };
 
@@ -195,14 +195,11 @@ OrtStatus *compute(void *kernel, OrtKernelContext *context) {
     c.key_positions = (const int64_t *)in[POSITIONS].data;
     c.positions_stride = slots;
     c.used = used.data(), c.k_scale = k_scale, c.v_scale = v_scale;
-    if (in[BLOCKS].data) {
-        c.blocks = (const uint8_t *)in[BLOCKS].data, c.block_tokens = op.block_tokens;
-        c.blocks_head = in[BLOCKS].dims[2] * in[BLOCKS].dims[3];
-        c.blocks_batch = in[BLOCKS].dims[1] * c.blocks_head;
-        int64_t n = op.block_tokens;
-        if (!n || in[BLOCKS].dims[0] != B || in[BLOCKS].dims[1] != op.heads || in[BLOCKS].dims[2] != (T + n - 1) / n ||
-            in[BLOCKS].dims[3] != (slots + n - 1) / n)
-            return create_status(op.api, "memcompile.Attention: blocks are not [batch, heads, query and key blocks]");
+    if (in[PATTERN].data) {
+        if (in[PATTERN].dims[0] != op.heads || in[PATTERN].dims[1] != 4)
+            return create_status(op.api, "memcompile.Attention: a pattern is four numbers a head");
+        c.pattern = (const int32_t *)in[PATTERN].data, c.pattern_from = op.pattern_from;
+        c.block_tokens = op.block_tokens;
     }
     c.parallel = run_on_host, c.host = &host;
     c.threads = (int32_t)std::thread::hardware_concurrency();
@@ -220,7 +217,7 @@ OrtStatus *create_kernel(const OrtCustomOp *op, const OrtApi *api, const OrtKern
         int64_t *value;
     } ints[] = {{"num_heads", &k->heads}, {"kv_num_heads", &k->kv_heads}, {"causal", &k->causal},
                 {"window", &k->window}, {"sinks", &k->sinks}, {"block", &k->block}, {"stride", &k->stride},
-                {"block_tokens", &k->block_tokens}, {"splits", &k->splits}, {"key_tile", &k->key_tile}};
+                {"block_tokens", &k->block_tokens}, {"pattern_from", &k->pattern_from}, {"splits", &k->splits}, {"key_tile", &k->key_tile}};
     // an attribute that is not there keeps its default
     for (auto &attribute : ints) drop(api, ort<86, OrtStatus *>(api, info, attribute.name, attribute.value));
     drop(api, ort<85, OrtStatus *>(api, info, "scale", &k->scale));
@@ -236,9 +233,8 @@ OrtStatus *create_kernel(const OrtCustomOp *op, const OrtApi *api, const OrtKern
 int input_type(const OrtCustomOp *op, size_t index) {
     switch (index) {
     case PAST_K: case PAST_V: return ((const Operator *)op)->cache;
-    case LAST_SLOT: case SLOTS: return INT32;
+    case LAST_SLOT: case SLOTS: case PATTERN: return INT32;
     case POSITIONS: return INT64;
-    case BLOCKS: return UINT8;
     default: return FLOAT;
     }
 }

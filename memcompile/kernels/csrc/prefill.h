@@ -22,7 +22,37 @@ struct Prefill {
     int64_t keys_stride, tiles;
     int32_t key_tile, query_tile, query_tiles;
     bool pairs;                 // bfloat16 pairs instead of float
+    // besides the blocks: single keys [B,H,most_columns], [B,H]; or null
+    const int32_t *columns, *column_count;
+    int64_t most_columns;
 };
+
+// Keys that were chosen one by one, as far as no block of this tile of queries holds them.
+struct Columns {
+    const int32_t *slots;
+    int64_t count, next;
+    const uint8_t *blocks;  // the row of this tile of queries
+    int64_t block_tokens;
+};
+
+// Gather up to `most` rows of keys and values into tiles; gives how many, 0 at the end.
+static int gather_columns(const McAttention &c, int64_t b, int64_t g, Columns &columns, int most, float *k,
+                          float *v, const Interval *all, Interval *keys) {
+    int n = 0;
+    for (; columns.next < columns.count && n < most; columns.next++) {
+        int64_t slot = columns.slots[columns.next];
+        if (columns.blocks[slot / columns.block_tokens] || all[slot].low > all[slot].high) continue;
+        widen_row(c.kv_type, c.k.data, b * c.k.batch + g * c.k.head + slot * c.k.token, c.D, k + n * c.D);
+        widen_row(c.kv_type, c.v.data, b * c.v.batch + g * c.v.head + slot * c.v.token, c.D, v + n * c.D);
+        int64_t at = (b * c.G + g) * c.S + slot;
+        for (int64_t d = 0; d < c.D; d++) {
+            if (c.k_token_scale) k[n * c.D + d] *= c.k_token_scale[at];
+            if (c.v_token_scale) v[n * c.D + d] *= c.v_token_scale[at];
+        }
+        keys[n++] = all[slot];
+    }
+    return n;
+}
 
 // Columns [nq] of x [D][64] from rows of q; the last columns are zero.
 static void load_queries(const Prefill &p, const McTensor &q, int64_t b, int64_t h, int64_t t0, int nq,
@@ -120,9 +150,11 @@ static bool chosen(const McAttention &c, const uint8_t *row, int64_t t0, int nq,
     return false;
 }
 
+static inline int columns_of(int queries) { return (queries + LANES - 1) / LANES * LANES; }
+
 static size_t prefill_bytes(const McAttention &c) {
     size_t D = (size_t)c.D;
-    return 4 * (D * QUERIES * 3 + MAX_TILE * QUERIES * 2 + MAX_TILE * D * 2 + 8 * QUERIES + 4 * D) + 4096;
+    return 4 * (D * QUERIES * 3 + MAX_TILE * QUERIES * 2 + MAX_TILE * D * 2 + 8 * QUERIES + 4 * D + 2 * MAX_TILE) + 4096;
 }
 
 static void prefill_task(void *data, size_t index) {
@@ -135,7 +167,7 @@ static void prefill_task(void *data, size_t index) {
     int64_t b = (int64_t)(index / (size_t)p.query_tiles) / c.H, g = h / group;
     int64_t t0 = qt * p.query_tile;
     int nq = (int)(c.T - t0 < p.query_tile ? c.T - t0 : p.query_tile);
-    int columns = (nq + LANES - 1) / LANES * LANES;
+    int columns = columns_of(nq);
     if (!scratch.reserve(prefill_bytes(c))) return;
 
     float *x = scratch.take<float>(D * QUERIES), *o = scratch.take<float>(D * QUERIES);
@@ -226,6 +258,21 @@ static void prefill_task(void *data, size_t index) {
                 v = v_tile, v_step = D;
             }
             product<float>(v, 1, v_step, s, D, n, o, columns, true);
+        }
+    }
+
+    if (p.columns && blocks) {
+        int64_t head = b * c.H + h, across = (c.S + c.block_tokens - 1) / c.block_tokens;
+        Columns columns = {p.columns + head * p.most_columns, p.column_count[head], 0,
+                           blocks + t0 / c.block_tokens * across, c.block_tokens};
+        Interval *seen = scratch.take<Interval>(MAX_TILE);
+        while (int n = gather_columns(c, b, g, columns, QUERIES, k_tile, v_tile, keys, seen)) {
+            product<float>(k_tile, D, 1, x, n, D, s, columns_of(nq), false);
+            if (c.softcap > 0) softcap(s, n, columns_of(nq), c.scale, c.softcap);
+            hide(s, n, columns_of(nq), seen, at);
+            softmax(s, n, columns_of(nq), to_log2, m, l, shrink);
+            shrink_rows(o, D, columns_of(nq), shrink);
+            product<float>(v_tile, 1, D, s, D, n, o, columns_of(nq), true);
         }
     }
 
