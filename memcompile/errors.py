@@ -32,6 +32,7 @@ ERRORS: Final[dict[str, ErrorKind]] = {
     "MC113": ErrorKind("unknown gate, or a gate without a limit", USAGE),
     "MC114": ErrorKind("imported plan fragments cannot be resolved", USAGE),
     "MC115": ErrorKind("a package or tool that the backend needs is not installed", USAGE),
+    "MC116": ErrorKind("the target cannot run what the plan asks for", USAGE),
     "MC120": ErrorKind("an argument of the command is not usable", USAGE),
     "MC121": ErrorKind("a text is missing or too short", USAGE),
     "MC130": ErrorKind("the prompt is longer than the model's positions", USAGE),

@@ -20,6 +20,7 @@ from memcompile.backends.onnxruntime import (  # noqa: F401  (register)
     rotary,
 )
 from memcompile.backends.onnxruntime.compress import COMPRESS, COMPRESS_WEIGHTS, lower_compress
+from memcompile.backends.onnxruntime.cuda_attention import for_cuda
 from memcompile.backends.onnxruntime.emitter import Emitter
 from memcompile.backends.onnxruntime.export import WEIGHTS, example, to_model, write, write_beside
 from memcompile.backends.onnxruntime.finish import kernels_of, portable, with_kernels
@@ -48,7 +49,8 @@ class OnnxRuntimeBackend:
     def lower(self, program: Program, destination: Path, *, device: str, progress: Progress) -> Lowered:
         """Write model.onnx, weights.bin and, where they apply, compress.onnx and genai_config.json.
 
-        Raises MC112 for an unknown device, MC901 for an operator that ONNX does not have.
+        Raises MC112 for an unknown device, MC116 for attention that the CUDA provider cannot run, and MC901
+        for an operator that ONNX does not have.
         """
         if device not in DEVICES:
             raise MemcompileError(
@@ -118,7 +120,8 @@ def _lower_step(program: Program, interface: StepInterface, destination: Path, d
         interface.outputs,
         [example(entry, sizes) for entry in interface.inputs],
     )
-    entry = write(portable(model), destination / MODEL, interface.inputs, interface.outputs)
+    finished = for_cuda(model) if device == "cuda" else portable(model)
+    entry = write(finished, destination / MODEL, interface.inputs, interface.outputs)
     if device != "cpu":
         return entry
     fast = with_kernels(model, lambda _: True)

@@ -2,7 +2,7 @@
 
 The traced graph holds one `memcompile::Attention` a region with the inputs of both. The portable graph gets
 GroupQueryAttention, which every ONNX Runtime has; the kernel graph gets the operators of the kernel library
-for the regions they are chosen for.
+for the regions they are chosen for. `cuda_attention.py` finishes a graph for the CUDA provider.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ DOMAIN: Final = "memcompile"
 ATTENTION: Final = "memcompile::Attention"
 MICROSOFT_DOMAIN: Final = "com.microsoft"
 # inputs of the traced node, in order
-(Q, K, V, PAST_K, PAST_V, LAST_SLOT, SLOTS, POSITIONS, K_SCALE, V_SCALE, BLOCKS, BIAS) = range(12)
+(Q, K, V, PAST_K, PAST_V, LAST_SLOT, SLOTS, POSITIONS, K_SCALE, V_SCALE, PATTERN, BIAS) = range(12)
 # the kernel library's operator for a cache of so many bits
 OPERATORS: Final = {0: "Attention", 8: "AttentionInt8", 4: "AttentionInt4"}
 _KERNEL_INTS: Final = (
-    "num_heads", "kv_num_heads", "causal", "window", "sinks", "block", "stride", "block_tokens",
+    "num_heads", "kv_num_heads", "causal", "window", "sinks", "block", "stride", "block_tokens", "pattern_from",
 )  # fmt: skip
 
 Chooses = Callable[[ir.Node], bool]
@@ -29,12 +29,14 @@ Chooses = Callable[[ir.Node], bool]
 
 def portable(model: ir.Model) -> ir.Model:
     """A copy of the traced model that every ONNX Runtime runs."""
-    return _finished(model, lambda _: False)
+    return replace_attention(model, group_query_attention)
 
 
 def with_kernels(model: ir.Model, chooses: Chooses) -> ir.Model:
     """A copy in which the regions that `chooses` names run on the kernel library."""
-    return _finished(model, lambda node: can_run(node) and chooses(node))
+    return replace_attention(
+        model, lambda node: _kernel(node) if can_run(node) and chooses(node) else group_query_attention(node)
+    )
 
 
 def can_run(node: ir.Node) -> bool:
@@ -52,10 +54,11 @@ def kernels_of(model: ir.Model) -> tuple[str, ...]:
     return tuple(sorted({node.op_type for node in model.graph if node.domain == DOMAIN}))
 
 
-def _finished(model: ir.Model, chooses: Chooses) -> ir.Model:
+def replace_attention(model: ir.Model, make: Callable[[ir.Node], ir.Node]) -> ir.Model:
+    """A copy in which each traced attention node is what `make` gives for it."""
     made = model.clone()
     for node in attention_nodes(made):
-        new = _kernel(node) if chooses(node) else _group_query_attention(node)
+        new = make(node)
         made.graph.insert_after(node, new)
         for old, value in zip(node.outputs, new.outputs, strict=True):
             old.replace_all_uses_with(value, replace_graph_outputs=True)
@@ -66,8 +69,8 @@ def _finished(model: ir.Model, chooses: Chooses) -> ir.Model:
     return made
 
 
-def _inputs(node: ir.Node) -> list[ir.Value | None]:
-    # inputs that are missing at the end are not stored
+def all_inputs(node: ir.Node) -> list[ir.Value | None]:
+    """The inputs Q to BIAS of a traced node; those that are missing at the end are not stored."""
     return [*node.inputs, *[None] * (BIAS + 1 - len(node.inputs))]
 
 
@@ -82,15 +85,16 @@ def _kernel(node: ir.Node) -> ir.Node:
     return ir.Node(
         DOMAIN,
         OPERATORS[names.get_int("bits", 0)],
-        _inputs(node)[:BIAS],
+        all_inputs(node)[:BIAS],
         attributes,
         outputs=_outputs(node),
         name=node.name,
     )
 
 
-def _group_query_attention(node: ir.Node) -> ir.Node:
-    names, inputs = node.attributes, _inputs(node)
+def group_query_attention(node: ir.Node, *, local_window: int = 0) -> ir.Node:
+    """GroupQueryAttention for a traced node; `local_window` is its attribute, in place of the bias."""
+    names, inputs = node.attributes, all_inputs(node)
     bits = names.get_int("bits", 0)
     attributes: list[ir.Attr] = [
         ir.AttrInt64("num_heads", names.get_int("num_heads")),
@@ -100,9 +104,12 @@ def _group_query_attention(node: ir.Node) -> ir.Node:
     ]
     if names.get_float("softcap", 0.0):
         attributes.append(ir.AttrFloat32("softcap", names.get_float("softcap")))
-    taken = inputs[: SLOTS + 1]
-    if inputs[BIAS] is not None or bits:
-        taken += [None, None, None, inputs[BIAS]]
+    taken, bias = inputs[: SLOTS + 1], inputs[BIAS]
+    if local_window:
+        attributes.append(ir.AttrInt64("local_window_size", local_window))
+        bias = None
+    if bias is not None or bits:
+        taken += [None, None, None, bias]
     if bits:
         attributes += [
             ir.AttrString("k_quant_type", "PER_CHANNEL"),

@@ -12,11 +12,11 @@ from memcompile.progress import SILENT
 from memcompile.runtime import Session, load
 
 
-def artifact_of(program: Program, target: Path, *, chunk_tokens: int = 16) -> Path:
+def artifact_of(program: Program, target: Path, *, chunk_tokens: int = 16, device: str = "cpu") -> Path:
     """Lower the program into a loadable artifact directory."""
     model = program.model
     with ArtifactWriter(target) as writer:
-        lowered = get_backend("onnxruntime").lower(program, writer.path, device="cpu", progress=SILENT.stage)
+        lowered = get_backend("onnxruntime").lower(program, writer.path, device=device, progress=SILENT.stage)
         writer.seal(
             Manifest(
                 backend="onnxruntime",
@@ -29,6 +29,7 @@ def artifact_of(program: Program, target: Path, *, chunk_tokens: int = 16) -> Pa
                     layers=model.layers,
                 ),
                 functions=dict(lowered.functions),
+                device=device,
                 threads=1,
                 states=lowered.states,
                 groups=lowered.groups,
