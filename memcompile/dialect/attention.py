@@ -18,7 +18,7 @@ from memcompile.dialect.op import (
     differentiate_through_definition,
     register,
 )
-from memcompile.dialect.selection import select_for_rows
+from memcompile.dialect.selection import FEW_QUERIES, select_for_rows
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -165,9 +165,12 @@ def _by_kernel(
     if not placed and positions is not None:
         # queries without a place of their own see every key that is there
         query_positions = positions.new_zeros((q.shape[0], q.shape[2]))
-    if pattern is not None and positions is not None and bool((positions < 0).any()):
-        # kernels choose by slot, and an empty slot is no key
-        return None
+    if pattern is not None:
+        if q.shape[2] <= FEW_QUERIES or keys.shape[2] <= attributes["pattern_from"]:
+            pattern = None
+        elif positions is not None and bool((positions < 0).any()):
+            # kernels choose by slot, and an empty slot is no key
+            return None
     out = kernel_attention(
         q, keys, values, positions=positions, query_positions=query_positions, pattern=pattern,
         k_scale=k_scale if bits else None, v_scale=v_scale if bits else None, **attributes,

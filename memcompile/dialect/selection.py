@@ -161,10 +161,14 @@ def _vertical_slash(grid: _Grid, columns: int, diagonals: int, _: int) -> torch.
     kept_diagonals = _largest(slash, max(diagonals, LEAST_DIAGONALS))
     blocks = grid.own.clone()
     for i in range(grid.down):
-        begin = (grid.first_own[i] - kept_diagonals).clamp(min=0) // grid.block
         end = grid.last_own[i] - kept_diagonals
-        for j in range(grid.across):
-            blocks[i, j] |= bool(((begin <= j) & (end >= 0) & (end // grid.block >= j)).any())
+        begin = (grid.first_own[i] - kept_diagonals).clamp(min=0)[end >= 0] // grid.block
+        # a diagonal covers the blocks from `begin` to `end`: count where they open and close
+        edges = torch.zeros(grid.across + 1, dtype=torch.int64, device=end.device)
+        edges.scatter_add_(0, begin, torch.ones_like(begin))
+        last = end[end >= 0] // grid.block + 1
+        edges.scatter_add_(0, last, -torch.ones_like(last))
+        blocks[i] |= edges.cumsum(0)[:-1] > 0
     chosen = grid.tokens_of(blocks).clone()
     chosen[:, kept_columns] = True
     return chosen

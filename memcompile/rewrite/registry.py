@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP: Final = "memcompile.passes"
 
 BUILT_IN: Final[dict[str, str]] = {
+    "attention.sparse": "memcompile.passes.attention.sparse:SparseAttention",
     "attention.static": "memcompile.passes.attention.static:StaticAttention",
     "kv.evict": "memcompile.passes.kv.evict:EvictTokens",
     "kv.quantize": "memcompile.passes.kv.quantize:QuantizeCache",

@@ -227,7 +227,10 @@ def test_the_smallest_budget_is_predicted_to_hold_less(name: str) -> None:
     for region in one.regions(tiny_graph(head_dim=64)):
         cost = one.cost(region, one.check(region, smallest), workload)
         if isinstance(region, AttentionRegion):
-            assert cost.state_bytes < 2 * 1010 * 2 * region.kv_heads * region.head_dim * 4
+            whole = 2 * 1010 * 2 * region.kv_heads * region.head_dim * 4
+            # a pass that chooses while the prompt is read leaves the cache whole
+            chooses = "prompt_choice" in one.order.provides
+            assert cost.state_bytes == whole if chooses else cost.state_bytes < whole
         else:
             # of an embedding, only the looked up rows move
             rows = 2 if region.kind == "embedding" else region.rows
