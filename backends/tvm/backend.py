@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+import torch
 
 from memcompile.artifact.manifest import FunctionEntry, PrefillEntry
 from memcompile.backends.tvm.interface import step_interface
@@ -11,8 +13,11 @@ from memcompile.backends.tvm.trace import trace, weights_of
 from memcompile.backends.tvm.weights import WEIGHTS, write_weights
 from memcompile.errors import MemcompileError
 from memcompile.lowering import Lowered, Progress, inline_higher_order
-from memcompile.lowering.interface import StepInterface
+from memcompile.lowering.interface import forward_interface, step_sizes
 from memcompile.program import Program
+
+if TYPE_CHECKING:
+    import tvm
 
 # bounds activations
 CHUNK_TOKENS: Final = 512
@@ -38,34 +43,81 @@ class TvmBackend:
                 fix=f"use one of {', '.join(DEVICES)}",
             )
         try:
-            from memcompile.backends.tvm.build import LIBRARY, build, cpu_target
-            from memcompile.backends.tvm.convert import to_relax
+            from memcompile.backends.tvm.build import LIBRARY, build, cpu_target, need_linker
         except ImportError as error:
             raise MemcompileError(
                 "MC115", f"the tvm backend needs a package that is not installed: {error}",
                 where="target.backend", fix='pip install "memcompile[tvm]"',
             ) from error  # fmt: skip
+        need_linker()
+        work = _Work(LIBRARY)
         chunk = PrefillEntry(CHUNK_TOKENS)
         if program.step is None:
-            raise NotImplementedError
+            progress("lower forward")
+            work.add_forward(program)
+            lowered = Lowered(work.functions, (), (), chunk, (LIBRARY, WEIGHTS))
+        else:
+            progress("lower step")
+            interface = step_interface(program)
+            work.add_step(program)
+            if program.compress is not None:
+                progress("lower compress")
+                work.add_compress(program)
+            lowered = Lowered(work.functions, interface.states, interface.groups, chunk, (LIBRARY, WEIGHTS))
+        progress("compile")
+        build(work.module(), cpu_target(), destination / LIBRARY)
+        progress("write weights")
+        write_weights(destination / WEIGHTS, work.weights, work.order)
+        return lowered
+
+
+class _Work:
+    """What the functions of one library come to: modules, manifest entries, weights and who takes which."""
+
+    def __init__(self, file: str) -> None:
+        self.functions: dict[str, FunctionEntry] = {}
+        self.weights: dict[str, torch.Tensor] = {}
+        self.order: dict[str, list[str]] = {}
+        self._file = file
+        self._modules: list[tvm.IRModule] = []
+
+    def add_step(self, program: Program) -> None:
+        from memcompile.backends.tvm.convert import to_relax
+
+        assert program.step is not None
         interface = step_interface(program)
-        progress("lower step")
         graph = inline_higher_order(program.step)
         weights = weights_of(graph)
-        exported = trace(graph, interface.inputs, _sizes(interface), weights)
-        module = to_relax(exported, "step")
-        progress("compile step")
-        build(module, cpu_target(), destination / LIBRARY)
-        progress("write weights")
-        write_weights(destination / WEIGHTS, weights, {"step": list(weights)})
-        functions = {"step": FunctionEntry(LIBRARY, interface.inputs, interface.outputs)}
-        return Lowered(functions, interface.states, interface.groups, chunk, (LIBRARY, WEIGHTS))
+        exported = trace(graph, interface.inputs, step_sizes(interface.groups), weights)
+        self._modules.append(to_relax(exported, "step"))
+        self._enter("step", FunctionEntry(self._file, interface.inputs, interface.outputs), weights)
 
+    def add_forward(self, program: Program) -> None:
+        from memcompile.backends.tvm.convert import to_relax
 
-def _sizes(interface: StepInterface) -> dict[str, int]:
-    # distinct, none of them 0 or 1, so that the tracer takes no two dims for the same
-    sizes = {"batch": 2, "tokens": 5, "rows": 3}
-    for index, group in enumerate(interface.groups):
-        sizes |= {f"slots.{group.name}": 11 + 2 * index, f"capacity.{group.name}": 40 + 2 * index}
-        sizes[f"observed.{group.name}"] = 7
-    return sizes
+        interface = forward_interface(program, wide=True)
+        graph = inline_higher_order(program.forward)
+        weights = weights_of(graph)
+        exported = trace(graph, interface.inputs, interface.sizes, weights)
+        self._modules.append(to_relax(exported, "forward"))
+        self._enter("forward", FunctionEntry(self._file, interface.inputs, interface.outputs), weights)
+
+    def add_compress(self, program: Program) -> None:
+        from memcompile.backends.tvm.compress import COMPRESS, lower_compress
+
+        lowered = lower_compress(program, step_interface(program), self._file)
+        self._modules.append(lowered.module)
+        self._enter(COMPRESS, lowered.entry, lowered.weights)
+
+    def module(self) -> tvm.IRModule:
+        """Everything in one module."""
+        whole = self._modules[0]
+        for module in self._modules[1:]:
+            for variable, function in module.functions_items():
+                whole[variable] = function
+        return whole
+
+    def _enter(self, name: str, entry: FunctionEntry, weights: dict[str, torch.Tensor]) -> None:
+        self.functions[name] = entry
+        self.order[name] = list(weights)
+        self.weights |= weights

@@ -22,13 +22,17 @@ def cpu_target(threads: int = 0) -> Any:
     return tvm.target.Target(target)
 
 
-def build(module: IRModule, target: Any, path: Path) -> None:
-    """Compile `module` and write the library to `path`. Raises MC115 where no C++ compiler links it."""
+def need_linker() -> None:
+    """Raise MC115 where there is no C++ compiler, with which TVM links."""
     if shutil.which("g++") is None and shutil.which("clang++") is None and shutil.which("c++") is None:
         raise MemcompileError(
             "MC115",
             "there is no C++ compiler, with which TVM links what it compiled",
             fix="install g++ or clang++; running the artifact needs neither",
         )
+
+
+def build(module: IRModule, target: Any, path: Path) -> None:
+    """Compile `module` and write the library to `path`."""
     executable = tvm.compile(module, target=target)
     executable.export_library(str(path))

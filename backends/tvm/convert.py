@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import fx
 from tvm import relax
 from tvm.relax.frontend.torch import from_exported_program
 
+from memcompile.backends.tvm.corrected import CORRECTED
 from memcompile.backends.tvm.kernels import AttentionSizes, attention_kernel, linear_kernel
 from memcompile.errors import MemcompileError
 
@@ -21,8 +23,10 @@ def to_relax(program: torch.export.ExportedProgram, function: str) -> tvm.IRModu
     """A module with one Relax function of a name. Raises MC901 for an operator that TVM does not import."""
     kernels: dict[str, Any] = {}
     try:
-        with torch.no_grad():
-            module = from_exported_program(program, custom_convert_map=_conversions(kernels))
+        with torch.no_grad(), warnings.catch_warnings():
+            # torch and TVM warn of each other's deprecations
+            warnings.simplefilter("ignore")
+            module = from_exported_program(program, custom_convert_map=_conversions(kernels, function))
     except Exception as error:
         # the importer raises whatever its hundred converters run into
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -40,12 +44,12 @@ def to_relax(program: torch.export.ExportedProgram, function: str) -> tvm.IRModu
     return result
 
 
-def _conversions(kernels: dict[str, Any]) -> dict[str, Callable[[fx.Node, Importer], Any]]:
+def _conversions(kernels: dict[str, Any], function: str) -> dict[str, Callable[[fx.Node, Importer], Any]]:
     """Converters by operator name; `kernels` maps a kernel's key to its global variable."""
 
     def add(importer: Importer, key: str, make: Callable[[], Any]) -> Any:
         if key not in kernels:
-            name = f"memcompile_{key.split('(', 1)[0]}_{len(kernels)}"
+            name = f"{function}_{key.split('(', 1)[0]}_{len(kernels)}"
             kernels[key] = importer.block_builder.add_func(make().with_attr("global_symbol", name), name)
         return kernels[key]
 
@@ -87,4 +91,5 @@ def _conversions(kernels: dict[str, Any]) -> dict[str, Callable[[fx.Node, Import
         "row_linear.default": row_linear,
         "cached_attention.default": cached_attention,
         "rms_norm.default": rms_norm,
+        **CORRECTED,
     }

@@ -149,9 +149,9 @@ class TvmBinding:
                 array = buffer.array if row is None else buffer.array[row : row + 1]
                 self._caches[name] = self._library.tensor(array)
             if entry.observed_in is not None and (caches.observed is None or state.phase == DECODING):
-                # nobody reads the observed queries any more
+                # nobody reads the observed queries any more; TVM takes no empty tensor
                 rows = state.batch if row is None else 1
-                none = aligned_zeros((rows, entry.heads, 0, entry.head_dim), "float32")
+                none = aligned_zeros((rows, entry.heads, 1, entry.head_dim), "float32")
                 self._caches[entry.observed_in] = self._library.tensor(none)
         self._bound = (row, state.generation)
 
