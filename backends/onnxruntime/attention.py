@@ -50,6 +50,8 @@ def lower_attention(emitter: Emitter, node: fx.Node) -> tuple[torch.Tensor, ...]
         "softcap": float(facts["softcap"]),
         "bits": int(facts["bits"]),
         "region": str(facts["region"]),
+        "block_tokens": int(facts["pattern_block"]),
+        "pattern_from": int(facts["pattern_from"]),
         "masked": int(facts["mask"] is not None),
         **{name: int(facts[name]) for name in ("causal", "window", "sinks", "block", "stride")},
     }
@@ -62,7 +64,7 @@ def lower_attention(emitter: Emitter, node: fx.Node) -> tuple[torch.Tensor, ...]
     positions = emitter.value(facts["positions"]) if facts["window"] else None
     out, present_k, present_v = torch.onnx.ops.symbolic_multi_out(
         ATTENTION,
-        [*packed, past_k, past_v, last_slot, slots, positions, *scales, None, bias],
+        [*packed, past_k, past_v, last_slot, slots, positions, *scales, emitter.value(facts["pattern"]), bias],
         attributes,
         dtypes=[q.dtype, past_k.dtype, past_v.dtype],
         shapes=[(batch, tokens, heads * stored), past_k.shape, past_v.shape],

@@ -30,6 +30,7 @@ from memcompile.errors import MemcompileError
 from memcompile.lowering import Lowered, Progress, inline_higher_order
 from memcompile.lowering.interface import forward_interface, step_sizes
 from memcompile.program import Program
+from memcompile.regions import argument, attention_nodes
 
 MODEL: Final = "model.onnx"
 # the same function over the same weights, with the kernel library's operators
@@ -38,6 +39,8 @@ KERNEL_MODEL: Final = "model.kernels.onnx"
 CHUNK_TOKENS: Final = 512
 # over a quantised cache the runtime's operator holds its whole score matrix, heads x chunk x keys in float32
 QUANTIZED_CHUNK_TOKENS: Final = 256
+# a head chooses its keys once a chunk: the longer the chunk, the less often
+SPARSE_CHUNK_TOKENS: Final = 2048
 DEVICES: Final = ("cpu", "cuda")
 
 
@@ -59,8 +62,7 @@ class OnnxRuntimeBackend:
                 where="target.device",
                 fix=f"use one of {', '.join(DEVICES)}",
             )
-        quantized = any(state.bits for state in program.states)
-        chunk = PrefillEntry(QUANTIZED_CHUNK_TOKENS if quantized else CHUNK_TOKENS)
+        chunk = PrefillEntry(_chunk_tokens(program, device))
         if program.step is None:
             progress("lower forward")
             function = _lower_forward(program, destination, device)
@@ -75,6 +77,15 @@ class OnnxRuntimeBackend:
             progress("lower genai")
             write_genai(program.model, interface.states, destination, MODEL, device=device)
         return Lowered(functions, interface.states, interface.groups, chunk, _files(destination))
+
+
+def _chunk_tokens(program: Program, device: str) -> int:
+    nodes = attention_nodes(program.forward) if program.step is not None else []
+    if any(argument(node, "pattern") is not None for node in nodes):
+        return SPARSE_CHUNK_TOKENS
+    # our own kernels read codes without a score matrix
+    quantized = device != "cpu" and any(state.bits for state in program.states)
+    return QUANTIZED_CHUNK_TOKENS if quantized else CHUNK_TOKENS
 
 
 def _files(destination: Path) -> tuple[str, ...]:

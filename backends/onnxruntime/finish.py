@@ -22,6 +22,7 @@ MICROSOFT_DOMAIN: Final = "com.microsoft"
 OPERATORS: Final = {0: "Attention", 8: "AttentionInt8", 4: "AttentionInt4"}
 _KERNEL_INTS: Final = (
     "num_heads", "kv_num_heads", "causal", "window", "sinks", "block", "stride", "block_tokens", "pattern_from",
+    "splits", "key_tile",
 )  # fmt: skip
 
 Chooses = Callable[[ir.Node], bool]
