@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from memcompile.backends.onnxruntime.finish import (
     BIAS,
+    PATTERN,
     Q,
     all_inputs,
     group_query_attention,
@@ -30,8 +31,8 @@ HALF_TYPES: Final = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 def for_cuda(model: ir.Model) -> ir.Model:
     """A copy of the traced model for the CUDA provider: the twin of `finish.portable`.
 
-    Raises MC116 for attention in float32, and for sinks, strided blocks or a run-time mask over a quantised
-    cache.
+    Raises MC116 for attention in float32, for keys that are chosen at run time, and for sinks, strided blocks
+    or a run-time mask over a quantised cache.
     """
     return replace_attention(model, cuda_attention)
 
@@ -49,6 +50,13 @@ def cuda_attention(node: ir.Node) -> ir.Node:
             f"ONNX Runtime's CUDA provider has no GroupQueryAttention in {kind}, only in float16",
             where=f"attention region {region}",
             fix="set model.dtype to float16, or target.device to cpu",
+        )
+    if inputs[PATTERN] is not None:
+        raise MemcompileError(
+            "MC116",
+            "ONNX Runtime's CUDA provider has no operator that chooses the keys of a prompt",
+            where=f"attention region {region}",
+            fix="leave attention.sparse out of the plan, or set target.device to cpu",
         )
     window = local_window(node)
     if node.attributes.get_int("bits", 0) and inputs[BIAS] is not None and not window:
@@ -69,4 +77,5 @@ def local_window(node: ir.Node) -> int:
     """
     names = node.attributes
     plain = not any(names.get_int(name, 0) for name in ("sinks", "stride", "masked"))
-    return names.get_int("window", 0) if plain and names.get_int("causal", 1) else 0
+    causal: int = names.get_int("causal", 0)
+    return names.get_int("window", 0) if plain and causal else 0

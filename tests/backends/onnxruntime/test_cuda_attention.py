@@ -13,9 +13,14 @@ import torch
 
 from memcompile.artifact import TensorEntry
 from memcompile.backends.onnxruntime import backend
-from memcompile.backends.onnxruntime.cuda_attention import for_cuda, local_window
+from memcompile.backends.onnxruntime.cuda_attention import cuda_attention, for_cuda, local_window
 from memcompile.backends.onnxruntime.export import to_model, write
-from memcompile.backends.onnxruntime.finish import attention_nodes, group_query_attention, replace_attention
+from memcompile.backends.onnxruntime.finish import (
+    PATTERN,
+    attention_nodes,
+    group_query_attention,
+    replace_attention,
+)
 from memcompile.backends.torch import TorchSession
 from memcompile.errors import MemcompileError
 from memcompile.frontend import capture
@@ -146,6 +151,17 @@ def test_refuses_a_bias_over_a_quantised_cache(name: str, mask: bool) -> None:
     with pytest.raises(MemcompileError, match="no sinks, strided blocks or mask over") as refused:
         for_cuda(model)
     assert refused.value.code == "MC116"
+
+
+def test_refuses_keys_that_are_chosen_at_run_time() -> None:
+    inputs: list[ir.Value | None] = [None] * (PATTERN + 1)
+    inputs[0] = ir.Value(name="q", type=ir.TensorType(ir.DataType.FLOAT16))
+    inputs[PATTERN] = ir.Value(name="pattern", type=ir.TensorType(ir.DataType.INT32))
+    node = ir.Node("memcompile", "Attention", inputs, [ir.AttrString("region", "3")], num_outputs=3)
+    with pytest.raises(MemcompileError, match="no operator that chooses the keys of a prompt") as refused:
+        cuda_attention(node)
+    assert refused.value.code == "MC116"
+    assert refused.value.where == "attention region 3"
 
 
 def test_a_run_time_mask_is_never_taken_for_a_window() -> None:

@@ -199,6 +199,32 @@ def stateless(**arguments: Any) -> dict[str, float]:
     return {"out": worst(out, want.double()), "state": 0.0 if shaped else math.inf}
 
 
+def patterned(bits: int, **given: Any) -> dict[str, float]:
+    """A prompt in two parts, read with a pattern of every kind: outputs and states."""
+    generator = torch.Generator().manual_seed(7)
+    kinds = [(0, 0, 0, 0), (1, 64, 64, 0), (2, 2, 1, 0), (4, 30, 50, 0)]
+    pattern = torch.tensor(kinds, dtype=torch.int32)
+    scales = [torch.full((2 * 32,), 0.03) if bits else None for _ in "kv"]
+    got_state = want_state = tuple(quantized_empty(bits, torch.float32) for _ in "kv")
+    errors = {"out": 0.0, "state": 0.0}
+    total = 0
+    for tokens in (200, 70, 3):
+        q, k, v = (torch.randn(2, h, tokens, 32, generator=generator) for h in (4, 2, 2))
+        total += tokens
+        positions = torch.arange(total).repeat(2, 1)
+        positions[1, 5] = -1
+        arguments = {"positions": positions, "k_scale": scales[0], "v_scale": scales[1], "pattern": pattern}
+        arguments |= {"scale": 0.2, "bits": bits, "pattern_block": 64, **given}
+        if "mask" in given:
+            arguments["mask"] = torch.randn(1, 4, tokens, total, generator=generator)
+        out, *got_state = cuda_attention(q, k, v, *got_state, **arguments)
+        want, *want_state = attention_definition(q, k, v, *want_state, **arguments)
+        errors["out"] = max(errors["out"], worst(out, want.double()))
+        same = all(torch.equal(a, b) for a, b in zip(got_state, want_state, strict=True))
+        errors["state"] = max(errors["state"], 0.0 if same else math.inf)
+    return errors
+
+
 def quantized_empty(bits: int, dtype: torch.dtype) -> torch.Tensor:
     """The state before the first token."""
     kind = {0: dtype, 8: torch.int8, 4: torch.uint8}[bits]
@@ -219,6 +245,10 @@ def main() -> None:
     results["operator: stateless padding"] = stateless(
         causal=False, positions=torch.where(torch.arange(65) < 50, torch.arange(65), -1).repeat(2, 1)
     )
+    results["operator: patterns"] = patterned(0)
+    results["operator: patterns over int8"] = patterned(8)
+    results["operator: patterns under a mask"] = patterned(0, mask="additive")
+    results["operator: patterns from 201 keys on"] = patterned(0, pattern_from=200)
     json.dump(results, sys.stdout)
 
 

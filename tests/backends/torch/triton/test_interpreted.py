@@ -30,6 +30,10 @@ OPERATOR = [
     "operator: stateless bidirectional",
     "operator: stateless window",
     "operator: stateless padding",
+    "operator: patterns",
+    "operator: patterns over int8",
+    "operator: patterns under a mask",
+    "operator: patterns from 201 keys on",
 ]
 
 
