@@ -25,7 +25,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@echo "setting up $(VENV) (about 3 GB, a few minutes the first time) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) setuptools torch
-	@$(PIP) --no-build-isolation -e '.[cpu,triton,dev]'
+	@$(PIP) --no-build-isolation -e '.[cpu,triton,tvm,dev]'
 	@$(BIN)/python -c 'import torch; print("torch", torch.__version__)'
 	@touch $@
 

@@ -54,9 +54,8 @@ def lower_compress(program: Program, interface: StepInterface, file: str) -> Low
             mine += [observed[entry.observed_in]] if entry.observed_in else []
             inputs += mine
             outputs += [_with_slots(tensor, kept) for tensor in cache_tensors((entry,), out=True)]
-            scales = dict(
-                zip((f"{spec.region}/{name}" for name in _SCALES), compress.scales_of(spec), strict=False)
-            )
+            names = (f"{spec.region}/{name}" for name in _SCALES)
+            scales = dict(zip(names, compress.scales_of(spec), strict=False))
             weights |= scales
             key = (group.name, spec.heads, spec.kv_heads, spec.head_dim, spec.bits, spec.observe_tokens)
             if key not in templates:

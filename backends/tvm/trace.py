@@ -25,6 +25,7 @@ DTYPES: Final[dict[str, torch.dtype]] = {
     "float32": torch.float32, "int64": torch.int64, "int32": torch.int32, "int8": torch.int8,
     "uint8": torch.uint8, "bool": torch.bool,
 }  # fmt: skip
+_ATTENTION_TENSORS: Final = ("q", "k", "v", "past_k", "past_v", "positions", "k_scale", "v_scale")
 _ATTENTION_FACTS: Final = ("scale", "causal", "window", "sinks", "block", "stride", "softcap", "bits")
 
 
@@ -77,18 +78,18 @@ class Tracer(DefinitionInterpreter):
         return super().call_function(target, args, kwargs)
 
     def _attention(self, node: fx.Node) -> Any:
-        value = {
-            a.name: argument(node, a.name)
-            for a in node.target._schema.arguments  # type: ignore[union-attr]
-        }
+        schema = node.target._schema.arguments  # type: ignore[union-attr]
+        value = {a.name: argument(node, a.name) for a in schema}
+        for a in schema:
+            known = a.name in (*_ATTENTION_TENSORS, *_ATTENTION_FACTS, "region")
+            if not known and value[a.name] != a.default_value:
+                raise MemcompileError(
+                    "MC203", f"attention {value['region']} has a {a.name}, which the tvm backend cannot run",
+                    where="target.backend", fix="use target.backend: onnxruntime",
+                )  # fmt: skip
         tensors: dict[str, Any] = {
             name: self.env[given] for name, given in value.items() if isinstance(given, fx.Node)
         }
-        if tensors.get("mask") is not None:
-            raise MemcompileError(
-                "MC203", f"attention {value['region']} has a mask computed at run time and a cache",
-                fix="use target.backend: onnxruntime",
-            )  # fmt: skip
         table = value["positions"]
         if table not in self._first_slots:
             used = (tensors["positions"] >= 0).sum(dim=1)

@@ -11,7 +11,7 @@ from memcompile.artifact import Manifest, ModelEntry, TokenizerEntry
 from memcompile.lowering.backend import Lowered
 from memcompile.regions import ModelFacts
 
-_PACKAGES = ("memcompile", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+_PACKAGES = ("memcompile", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "apache-tvm")
 
 
 def build_manifest(
@@ -50,7 +50,7 @@ def build_manifest(
         tokenizer=tokenizer,
         plan=dict(plan),
         calibrations=dict(calibrations),
-        decisions=tuple(decisions),
+        decisions=(*decisions, *lowered.decisions),
         refusals=tuple(refusals),
         environment=environment(),
     )

@@ -39,9 +39,11 @@ def test_importing_the_package_does_not_import_onnxruntime() -> None:
 def test_a_missing_package_is_named() -> None:
     code = """
 import sys
+from types import SimpleNamespace
 sys.modules["onnxruntime"] = None
 from memcompile import runtime
-runtime.open_artifact = lambda path, check_digests: None
+manifest = SimpleNamespace(backend="onnxruntime")
+runtime.open_artifact = lambda path, check_digests: SimpleNamespace(manifest=manifest)
 try:
     runtime.load("out")
 except Exception as error:
