@@ -35,6 +35,8 @@ ERRORS: Final[dict[str, ErrorKind]] = {
     "MC116": ErrorKind("the target cannot run what the plan asks for", USAGE),
     "MC120": ErrorKind("an argument of the command is not usable", USAGE),
     "MC121": ErrorKind("a text is missing or too short", USAGE),
+    "MC122": ErrorKind("the tuning database cannot be used", USAGE),
+    "MC123": ErrorKind("there is nothing to tune at these sizes", USAGE),
     "MC130": ErrorKind("the prompt is longer than the model's positions", USAGE),
     "MC131": ErrorKind("the prompt is empty", USAGE),
     "MC201": ErrorKind("the model source does not exist", MODEL),

@@ -18,7 +18,7 @@ from memcompile.errors import MemcompileError
 from memcompile.evaluate import Evaluation, EvaluationSettings, GateResult
 from memcompile.evaluate.texts import read_text
 from memcompile.frontend import Captured, capture
-from memcompile.lowering import get_backend
+from memcompile.lowering import TunedBackend, get_backend
 from memcompile.lowering.bundle import build_manifest
 from memcompile.lowering.tokenizer import write_tokenizer
 from memcompile.plan import Plan
@@ -27,6 +27,7 @@ from memcompile.progress import SILENT, Progress
 from memcompile.regions import attention_regions
 from memcompile.report import write_reports
 from memcompile.rewrite.manager import RewriteResult, apply
+from memcompile.tuning import Workload
 
 CALIBRATION_WINDOW_TOKENS = 512
 JSON_SCHEMA = 1
@@ -181,6 +182,8 @@ def _finish(
 def write_artifact(compiled: Compiled, plan: Plan, folder: Path, progress: Progress = SILENT) -> Manifest:
     """Lower a program into `folder`, with its tokenizer; gives the manifest to seal it with."""
     backend = get_backend(plan.target.backend)
+    if isinstance(backend, TunedBackend):
+        backend = backend.tuned_for(_tuned_workload(plan))
     captured = compiled.captured
     lowered = backend.lower(compiled.program, folder, device=plan.target.device, progress=progress.stage)
     tokenizer = write_tokenizer(captured.tokenizer, folder, captured.model.eos_token_ids)
@@ -198,6 +201,11 @@ def write_artifact(compiled: Compiled, plan: Plan, folder: Path, progress: Progr
         decisions=[d.as_dict() for d in result.decisions],
         refusals=[{"pass": r.pass_name, "where": r.where, "reason": r.reason} for r in refusals],
     )
+
+
+def _tuned_workload(plan: Plan) -> Workload:
+    use = plan.workload
+    return Workload(use.prompt_tokens, use.new_tokens, use.batch, plan.target.threads)
 
 
 def inspect(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+import onnx_ir as ir
 import torch
 from torch import fx
 
@@ -23,20 +24,21 @@ from memcompile.backends.onnxruntime.compress import COMPRESS, COMPRESS_WEIGHTS,
 from memcompile.backends.onnxruntime.cuda_attention import for_cuda
 from memcompile.backends.onnxruntime.emitter import Emitter
 from memcompile.backends.onnxruntime.export import WEIGHTS, example, to_model, write, write_beside
-from memcompile.backends.onnxruntime.finish import kernels_of, portable, with_kernels
+from memcompile.backends.onnxruntime.finish import kernels_of, portable
 from memcompile.backends.onnxruntime.genai import GENAI_CONFIG, GENAI_MODEL, is_plain, write_genai
 from memcompile.backends.onnxruntime.interface import StepInterface, step_interface
+from memcompile.backends.onnxruntime.timed import CHUNK_TOKENS
+from memcompile.backends.onnxruntime.tuned import tuned_choices, with_choices
 from memcompile.errors import MemcompileError
 from memcompile.lowering import Lowered, Progress, inline_higher_order
 from memcompile.lowering.interface import forward_interface, step_sizes
 from memcompile.program import Program
 from memcompile.regions import argument, attention_nodes
+from memcompile.tuning import Choices, Database, Workload
 
 MODEL: Final = "model.onnx"
 # the same function over the same weights, with the kernel library's operators
 KERNEL_MODEL: Final = "model.kernels.onnx"
-# bounds activations and score matrices; larger chunks were not faster (docs/backends/onnxruntime.md)
-CHUNK_TOKENS: Final = 512
 # over a quantised cache the runtime's operator holds its whole score matrix, heads x chunk x keys in float32
 QUANTIZED_CHUNK_TOKENS: Final = 256
 # a head chooses its keys once a chunk: the longer the chunk, the less often
@@ -45,15 +47,26 @@ DEVICES: Final = ("cpu", "cuda")
 
 
 class OnnxRuntimeBackend:
-    """ONNX Runtime on CPU or CUDA."""
+    """ONNX Runtime on CPU or CUDA.
+
+    With a workload, attention on the CPU runs on what `memcompile tune` found fastest for it.
+    """
 
     name = "onnxruntime"
+
+    def __init__(self, workload: Workload | None = None, database: Database | None = None) -> None:
+        self._workload = workload
+        self._database = database or Database.at(None)
+
+    def tuned_for(self, workload: Workload) -> OnnxRuntimeBackend:
+        """This backend, with the implementations that were measured as the best for a workload."""
+        return OnnxRuntimeBackend(workload, self._database)
 
     def lower(self, program: Program, destination: Path, *, device: str, progress: Progress) -> Lowered:
         """Write model.onnx, weights.bin and, where they apply, compress.onnx and genai_config.json.
 
-        Raises MC112 for an unknown device, MC116 for attention that the CUDA provider cannot run, and MC901
-        for an operator that ONNX does not have.
+        Raises MC112 for an unknown device, MC116 for attention that the CUDA provider cannot run, MC122 for a
+        tuning database that cannot be read, and MC901 for an operator that ONNX does not have.
         """
         if device not in DEVICES:
             raise MemcompileError(
@@ -62,21 +75,44 @@ class OnnxRuntimeBackend:
                 where="target.device",
                 fix=f"use one of {', '.join(DEVICES)}",
             )
-        chunk = PrefillEntry(_chunk_tokens(program, device))
+        chunk = _chunk_tokens(program, device)
         if program.step is None:
             progress("lower forward")
             function = _lower_forward(program, destination, device)
-            return Lowered({"forward": function}, (), (), chunk, _files(destination))
+            return Lowered({"forward": function}, (), (), PrefillEntry(chunk), _files(destination))
         interface = step_interface(program, device)
         progress("lower step")
-        functions = {"step": _lower_step(program, interface, destination, device)}
+        step, choices = self._lower_step(program, interface, destination, device, chunk)
+        functions = {"step": step}
         if program.compress is not None:
             progress("lower compress")
             functions["compress"] = lower_compress(program, interface, destination)
         if is_plain(interface.states, interface.groups):
             progress("lower genai")
             write_genai(program.model, interface.states, destination, MODEL, device=device)
-        return Lowered(functions, interface.states, interface.groups, chunk, _files(destination))
+        return Lowered(
+            functions, interface.states, interface.groups, PrefillEntry(choices.chunk), _files(destination),
+            choices.decisions,
+        )  # fmt: skip
+
+    def _lower_step(
+        self, program: Program, interface: StepInterface, destination: Path, device: str, chunk: int
+    ) -> tuple[FunctionEntry, Choices]:
+        model = _step_model(program, interface, device)
+        finished = for_cuda(model) if device == "cuda" else portable(model)
+        entry = write(finished, destination / MODEL, interface.inputs, interface.outputs)
+        if device != "cpu":
+            return entry, Choices(chunk, {})
+        choices = tuned_choices(
+            model, interface.states, interface.groups, self._workload, self._database, chunk
+        )
+        fast = with_choices(model, choices)
+        kernels = kernels_of(fast)
+        if not kernels:
+            return entry, choices
+        # the weights are in the file that was just written
+        kernel_file = write_beside(fast, destination / KERNEL_MODEL, destination / MODEL)
+        return replace(entry, kernel_file=kernel_file, kernels=kernels), choices
 
 
 def _chunk_tokens(program: Program, device: str) -> int:
@@ -120,28 +156,16 @@ class _Step(torch.nn.Module):
         return (logits.float(), *states)
 
 
-def _lower_step(program: Program, interface: StepInterface, destination: Path, device: str) -> FunctionEntry:
+def _step_model(program: Program, interface: StepInterface, device: str) -> ir.Model:
     assert program.step is not None
     graph = inline_higher_order(program.step)
     sizes = step_sizes(interface.groups)
-    module = _Step(graph, interface.groups, wide=is_wide(program, device))
-    model = to_model(
-        module,
+    return to_model(
+        _Step(graph, interface.groups, wide=is_wide(program, device)),
         interface.inputs,
         interface.outputs,
         [example(entry, sizes) for entry in interface.inputs],
     )
-    finished = for_cuda(model) if device == "cuda" else portable(model)
-    entry = write(finished, destination / MODEL, interface.inputs, interface.outputs)
-    if device != "cpu":
-        return entry
-    fast = with_kernels(model, lambda _: True)
-    kernels = kernels_of(fast)
-    if not kernels:
-        return entry
-    # the weights are in the file that was just written
-    kernel_file = write_beside(fast, destination / KERNEL_MODEL, destination / MODEL)
-    return replace(entry, kernel_file=kernel_file, kernels=kernels)
 
 
 class _Forward(torch.nn.Module):

@@ -27,6 +27,10 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "run": ("memcompile.cli.run:run", "Generate text with an artifact."),
     "eval": ("memcompile.cli.artifacts:evaluate", "Measure an artifact's quality, speed and memory."),
     "bench": ("memcompile.cli.artifacts:bench", "Measure an artifact's speed and memory at several lengths."),
+    "tune": (
+        "memcompile.cli.tune:tune",
+        "Measure the attention implementations of a backend on this machine, and remember the fastest.",
+    ),
     "explain": (
         "memcompile.cli.models:explain",
         "Say what each pass of a plan matched, and why it refused the rest.",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from memcompile.lowering.backend import BACKENDS, Backend, Lowered, Progress, get_backend
+from memcompile.lowering.backend import BACKENDS, Backend, Lowered, Progress, TunedBackend, get_backend
 from memcompile.lowering.decompose import DefinitionInterpreter, inline_higher_order
 
 __all__ = [
-    "BACKENDS", "Backend", "DefinitionInterpreter", "Lowered", "Progress", "get_backend",
-    "inline_higher_order",
+    "BACKENDS", "Backend", "DefinitionInterpreter", "Lowered", "Progress", "TunedBackend",
+    "get_backend", "inline_higher_order",
 ]  # fmt: skip

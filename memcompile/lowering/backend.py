@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 from memcompile.artifact.manifest import FunctionEntry, GroupEntry, PrefillEntry, StateEntry
 from memcompile.errors import MemcompileError
 from memcompile.program import Program
+from memcompile.tuning import Workload
 
 Progress = Callable[[str], None]
 
@@ -26,13 +27,17 @@ ENTRY_POINTS: Final = "memcompile.backends"
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """What a backend wrote: entries for the manifest, and the files, relative to the destination."""
+    """What a backend wrote: entries for the manifest, and the files, relative to the destination.
+
+    `decisions`: what the backend chose that the plan did not spell out.
+    """
 
     functions: Mapping[str, FunctionEntry]
     states: tuple[StateEntry, ...]
     groups: tuple[GroupEntry, ...]
     prefill: PrefillEntry
     files: tuple[str, ...]
+    decisions: tuple[Mapping[str, Any], ...] = ()
 
 
 class Backend(Protocol):
@@ -45,6 +50,15 @@ class Backend(Protocol):
 
         `progress` is told the name of each stage as it begins.
         """
+        ...
+
+
+@runtime_checkable
+class TunedBackend(Protocol):
+    """A backend that chooses implementations by what `memcompile tune` measured."""
+
+    def tuned_for(self, workload: Workload) -> Backend:
+        """The backend that lowers for this workload."""
         ...
 
 

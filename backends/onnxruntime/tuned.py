@@ -1,0 +1,95 @@
+"""Which operator each attention region of a lowered step runs on, by what was measured on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import onnx_ir as ir
+
+from memcompile.artifact.manifest import GroupEntry, StateEntry
+from memcompile.backends.onnxruntime.finish import (
+    PAST_K,
+    PATTERN,
+    all_inputs,
+    attention_nodes,
+    can_run,
+    with_kernels,
+)
+from memcompile.backends.onnxruntime.timed import BACKEND, PACKAGES
+from memcompile.tuning import KERNELS, Ask, Choices, Database, Shape, Workload, choose
+
+_SIZES: Final = ("bits", "window", "sinks", "block", "stride")
+
+
+def tuned_choices(
+    model: ir.Model,
+    states: Sequence[StateEntry],
+    groups: Sequence[GroupEntry],
+    workload: Workload | None,
+    database: Database,
+    chunk: int,
+) -> Choices:
+    """The choice for each region of a traced model; `chunk` is the default chunk of prompts.
+
+    Without a workload, and for regions that were not tuned, it is the default: our kernels, parameters
+    automatic. Raises MC122.
+    """
+    if workload is None:
+        return Choices(chunk, {})
+    held = _held_tokens(states, groups, workload)
+    asks = [
+        Ask(region, shape_of(node), held.get(region))
+        for node in attention_nodes(model)
+        if (region := region_of(node)) and _is_tunable(node)
+    ]
+    return choose(database, BACKEND, asks, workload, dtype="float32", packages=PACKAGES, chunk=chunk)
+
+
+def with_choices(model: ir.Model, choices: Choices) -> ir.Model:
+    """A copy of the traced model in which each region runs on what was chosen for it."""
+    for node in attention_nodes(model):
+        choice = choices.regions.get(region_of(node))
+        if choice is not None:
+            node.attributes.add(ir.AttrInt64("key_tile", choice.key_tile))
+            node.attributes.add(ir.AttrInt64("splits", choice.splits))
+    others = {region for region, choice in choices.regions.items() if choice.implementation != KERNELS}
+    return with_kernels(model, lambda node: region_of(node) not in others)
+
+
+def region_of(node: ir.Node) -> str:
+    """The region that a traced node computes."""
+    return node.attributes.get_string("region", "")
+
+
+def shape_of(node: ir.Node) -> Shape:
+    """The sizes of a traced node, as they are tuned."""
+    names = node.attributes
+    past = node.inputs[PAST_K]
+    assert past is not None
+    assert past.shape is not None
+    bits, stored = names.get_int("bits", 0), past.shape[3]
+    assert isinstance(stored, int)
+    return Shape(
+        names.get_int("num_heads"),
+        names.get_int("kv_num_heads"),
+        stored * 2 if bits == 4 else stored,
+        **{name: names.get_int(name, 0) for name in _SIZES},
+    )
+
+
+def _is_tunable(node: ir.Node) -> bool:
+    # a pattern of blocks is no size: what it skips is known at run time only
+    return can_run(node) and all_inputs(node)[PATTERN] is None and bool(node.attributes.get_int("causal", 1))
+
+
+def _held_tokens(
+    states: Sequence[StateEntry], groups: Sequence[GroupEntry], workload: Workload
+) -> dict[str, int]:
+    """Tokens that the caches of evicted groups keep of a prompt."""
+    kept: dict[str, int] = {}
+    for group in groups:
+        if group.evict is not None:
+            tokens = group.evict.keep_tokens or int((group.evict.keep_fraction or 1) * workload.prompt_tokens)
+            kept[group.name] = max(1, min(tokens, workload.prompt_tokens))
+    return {state.region: kept[state.group] for state in states if state.group in kept}
