@@ -29,9 +29,9 @@ class TorchBackend:
         """The rewritten model, called like the original."""
         return RewrittenModule(captured)
 
-    def session(self, program: Program) -> TorchSession:
-        """A causal program with the methods of `memcompile.runtime.Session`."""
-        return TorchSession(program)
+    def session(self, program: Program, device: str = "cpu") -> TorchSession:
+        """A causal program with the methods of `memcompile.runtime.Session`, on "cpu" or "cuda"."""
+        return TorchSession(program, device)
 
     def lower(self, program: Program, destination: Path, *, device: str, progress: Progress) -> Lowered:
         """Raise MC112: what torch runs is a live module."""

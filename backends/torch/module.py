@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from memcompile.backends.torch.placement import place
 from memcompile.errors import MemcompileError
 
 if TYPE_CHECKING:
@@ -13,13 +14,18 @@ if TYPE_CHECKING:
 
 
 class RewrittenModule(torch.nn.Module):
-    """Called like the model it was captured from; parameters are the model's own tensors."""
+    """Called like the model it was captured from; parameters are the model's own tensors.
+
+    It runs where its inputs are: `module.to("cuda")` moves parameters, and the graph follows the first input.
+    """
 
     def __init__(self, captured: Captured) -> None:
         super().__init__()
         self.graph_module = captured.graph
         self._names = tuple(spec.name for spec in captured.inputs)
         self._rebuild = captured.rebuild
+        # inner graphs are shared with other copies of the graph, so their device is not known before a call
+        self._device: torch.device | None = None
 
     def forward(self, *args: torch.Tensor, **kwargs: Any) -> Any:
         """Run the graph. `position_ids` may be left out where the model would count them itself.
@@ -41,7 +47,11 @@ class RewrittenModule(torch.nn.Module):
                 + (f"unknown: {sorted(unknown)}" if unknown else f"missing: {sorted(missing)}"),
                 fix="call it with the inputs it was captured with, or capture it with these example inputs",
             )
-        return self._rebuild(self.graph_module(*[given[name] for name in self._names]))
+        inputs = [given[name] for name in self._names]
+        if inputs[0].device != self._device:
+            place(self.graph_module, inputs[0].device)
+            self._device = inputs[0].device
+        return self._rebuild(self.graph_module(*inputs))
 
 
 def _count_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from memcompile.backends.torch.placement import place
 from memcompile.dialect import visible_keys
 from memcompile.program import PositionGroup, Program
 
@@ -35,35 +36,45 @@ class TorchState:
 
 
 class TorchSession:
-    """A causal program with the methods of `memcompile.runtime.Session`."""
+    """A causal program with the methods of `memcompile.runtime.Session`.
 
-    def __init__(self, program: Program) -> None:
+    The step graph, and the parameters that it shares with the program's others, are moved to `device`.
+    """
+
+    def __init__(self, program: Program, device: str = "cpu") -> None:
         assert program.step is not None, "only causal models are run step by step"
         self.program = program
+        self.device = torch.device(device)
         self._step = program.step.eval()
+        place(self._step.to(self.device), self.device)
 
     def new_state(self, batch: int, prompt_tokens: int = 0, new_tokens: int = 0) -> TorchState:
         """Empty caches for `batch` rows; sizes grow as needed."""
         caches = {
             s.region: [
-                torch.zeros(batch, s.kv_heads, 0, s.storage_width, dtype=s.storage_dtype) for _ in ("k", "v")
+                torch.zeros(batch, s.kv_heads, 0, s.storage_width, dtype=s.storage_dtype, device=self.device)
+                for _ in ("k", "v")
             ]
             for s in self.program.states
         }
         observed = {
-            s.region: torch.zeros(batch, s.heads, 0, s.head_dim, dtype=s.dtype)
+            s.region: torch.zeros(batch, s.heads, 0, s.head_dim, dtype=s.dtype, device=self.device)
             for s in self.program.states
             if s.observe_tokens
         }
-        tables = {g.name: torch.zeros(batch, 0, dtype=torch.int64) for g in self.program.groups}
-        return TorchState(batch, caches, observed, tables, torch.zeros(batch, dtype=torch.int64))
+        positions = torch.zeros(batch, 0, dtype=torch.int64, device=self.device)
+        tables = {g.name: positions for g in self.program.groups}
+        lengths = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        return TorchState(batch, caches, observed, tables, lengths)
 
     @torch.no_grad()
     def step(
         self, state: TorchState, tokens: torch.Tensor, valid: torch.Tensor, rows: torch.Tensor
     ) -> torch.Tensor:
         """One call of the step graph: tokens [B,T], valid [B,T] (valid first), rows [B,N]; gives logits."""
-        positions = torch.where(valid, state.lengths.unsqueeze(1) + torch.arange(tokens.shape[1]), -1)
+        tokens, valid, rows = (x.to(self.device) for x in (tokens, valid, rows))
+        columns = torch.arange(tokens.shape[1], device=self.device)
+        positions = torch.where(valid, state.lengths.unsqueeze(1) + columns, -1)
         tables = {name: torch.cat((table, positions), dim=1) for name, table in state.tables.items()}
         arguments: list[torch.Tensor] = [tokens, positions.clamp(min=0), rows]
         arguments += [tables[g.name] for g in self.program.groups]
@@ -71,7 +82,7 @@ class TorchSession:
             arguments += state.caches[s.region]
         arguments += list(state.observed.values())
         results = list(self._step(*arguments))
-        logits: torch.Tensor = results.pop(0)
+        logits: torch.Tensor = results.pop(0).cpu()
         for s in self.program.states:
             state.caches[s.region] = [results.pop(0), results.pop(0)]
         for region in state.observed:
