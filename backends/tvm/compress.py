@@ -29,7 +29,7 @@ class LoweredCompress:
     weights: dict[str, torch.Tensor]
 
 
-def lower_compress(program: Program, interface: StepInterface, file: str) -> LoweredCompress:
+def lower_compress(program: Program, interface: StepInterface, file: str, device: str) -> LoweredCompress:
     """Inputs and outputs in the order of `memcompile.program.compress.Compress`, one row at a time or more.
 
     Raises MC901 for a scorer that TVM does not import.
@@ -59,7 +59,7 @@ def lower_compress(program: Program, interface: StepInterface, file: str) -> Low
             weights |= scales
             key = (group.name, spec.heads, spec.kv_heads, spec.head_dim, spec.bits, spec.observe_tokens)
             if key not in templates:
-                templates[key] = _template(builder, f"evict_{len(templates)}", group, spec, entry)
+                templates[key] = _template(builder, f"evict_{len(templates)}", group, spec, entry, device)
             # every state of a group keeps as many tokens, so the first one's table serves them all
             calls.append((templates[key], [table, *(t.name for t in mine), *scales], index == 0))
     entries_ = [*inputs, *(TensorEntry(n, "float32", tuple(w.shape)) for n, w in weights.items())]
@@ -67,7 +67,9 @@ def lower_compress(program: Program, interface: StepInterface, file: str) -> Low
     return LoweredCompress(module, FunctionEntry(file, tuple(inputs), tuple(outputs)), weights)
 
 
-def _template(builder: Any, name: str, group: PositionGroup, spec: StateSpec, entry: StateEntry) -> Any:
+def _template(
+    builder: Any, name: str, group: PositionGroup, spec: StateSpec, entry: StateEntry, device: str
+) -> Any:
     """Add the eviction of one state to the builder, scales being inputs; gives its global variable."""
     cache = torch.zeros(2, spec.kv_heads, 24, entry.stored_width, dtype=DTYPES[entry.dtype])
     dynamic = torch.export.Dim.DYNAMIC
@@ -87,7 +89,7 @@ def _template(builder: Any, name: str, group: PositionGroup, spec: StateSpec, en
         exported = torch.export.export(
             EvictState(group, spec), tuple(examples), dynamic_shapes=(tuple(dims),), strict=False
         )
-    return builder.add_func(to_relax(exported, name)[name], name)
+    return builder.add_func(to_relax(exported, name, device=device)[name], name)
 
 
 def _compose(

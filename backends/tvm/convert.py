@@ -13,20 +13,27 @@ from tvm import relax
 from tvm.relax.frontend.torch import from_exported_program
 
 from memcompile.backends.tvm.corrected import CORRECTED
-from memcompile.backends.tvm.kernels import AttentionSizes, attention_kernel, linear_kernel
+from memcompile.backends.tvm.kernels import (
+    AttentionSizes,
+    attention_kernel,
+    cuda_attention_kernel,
+    linear_kernel,
+)
 from memcompile.errors import MemcompileError
 
 Importer = Any  # tvm.relax.frontend.torch's importer class, which it does not export
 
 
-def to_relax(program: torch.export.ExportedProgram, function: str) -> tvm.IRModule:
+def to_relax(program: torch.export.ExportedProgram, function: str, *, device: str) -> tvm.IRModule:
     """A module with one Relax function of a name. Raises MC901 for an operator that TVM does not import."""
     kernels: dict[str, Any] = {}
     try:
         with torch.no_grad(), warnings.catch_warnings():
             # torch and TVM warn of each other's deprecations
             warnings.simplefilter("ignore")
-            module = from_exported_program(program, custom_convert_map=_conversions(kernels, function))
+            module = from_exported_program(
+                program, custom_convert_map=_conversions(kernels, function, device)
+            )
     except Exception as error:
         # the importer raises whatever its hundred converters run into
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -44,7 +51,9 @@ def to_relax(program: torch.export.ExportedProgram, function: str) -> tvm.IRModu
     return result
 
 
-def _conversions(kernels: dict[str, Any], function: str) -> dict[str, Callable[[fx.Node, Importer], Any]]:
+def _conversions(
+    kernels: dict[str, Any], function: str, device: str
+) -> dict[str, Callable[[fx.Node, Importer], Any]]:
     """Converters by operator name; `kernels` maps a kernel's key to its global variable."""
 
     def add(importer: Importer, key: str, make: Callable[[], Any]) -> Any:
@@ -53,9 +62,13 @@ def _conversions(kernels: dict[str, Any], function: str) -> dict[str, Callable[[
             kernels[key] = importer.block_builder.add_func(make().with_attr("global_symbol", name), name)
         return kernels[key]
 
+    make_attention = cuda_attention_kernel if device == "cuda" else attention_kernel
+
     def row_linear(node: fx.Node, importer: Importer) -> Any:
         x, weight = importer.retrieve_args(node)
         builder = importer.block_builder
+        if device == "cuda":
+            return builder.emit(relax.op.linear(x, weight))
         features, width = (int(d) for d in weight.ty.shape)
         lead = list(x.ty.shape)[:-1]
         rows: Any = tvm.tirx.IntImm("int64", 1)
@@ -78,7 +91,7 @@ def _conversions(kernels: dict[str, Any], function: str) -> dict[str, Callable[[
             int(v.ty.shape[3]),
             *arguments[10:],
         )
-        kernel = add(importer, f"attention({sizes})", lambda: attention_kernel(sizes))
+        kernel = add(importer, f"attention({sizes})", lambda: make_attention(sizes))
         made = relax.TensorType((*list(q.ty.shape)[:3], v.ty.shape[3]), "float32")
         call = relax.op.call_tir_inplace(kernel, tensors, [-1, 3, 4], [made, cache_k.ty, cache_v.ty])
         return importer.block_builder.emit(call)

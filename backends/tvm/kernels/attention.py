@@ -86,6 +86,16 @@ class AttentionSizes:
         low, high = (-128, 127) if self.bits == 8 else (-8, 7)
         return T.max(T.min(T.nearbyint(value / scale), T.float32(high)), T.float32(low))
 
+    def pair(self, new: Any, scale: Any, batch: Any, group: Any, token: Any, byte: Any, width: int) -> Any:
+        """Two 4-bit codes in a byte: channel 2 * `byte` low, the next one (0 past the last) high."""
+        low, high = byte * 2, T.min(byte * 2 + 1, width - 1)
+        codes = [
+            self.code(new[batch, group, token, channel], scale[group * width + channel]) + T.float32(8)
+            for channel in (low, high)
+        ]
+        high_code = T.if_then_else(byte * 2 + 1 < width, T.Cast("int32", codes[1]), T.int32(8))
+        return T.Cast("uint8", T.Cast("int32", codes[0]) + high_code * T.int32(16))
+
     def value(
         self, cache: Any, scale: Any, batch: Any, group: Any, slot: Any, channel: Any, width: int
     ) -> Any:
@@ -127,23 +137,7 @@ def attention_kernel(sizes: AttentionSizes) -> Any:
                 cache[b, g, slot, d] = T.Cast("int8", s.code(new[b, g, t, d], scale[g * channels + d]))
         if packed:
             for d in T.serial(T.int64((channels + 1) // 2)):
-                cache[b, g, slot, d] = T.Cast(
-                    "uint8",
-                    T.Cast("int32", s.code(new[b, g, t, d * 2], scale[g * channels + d * 2]) + T.float32(8))
-                    + T.if_then_else(
-                        d * 2 + 1 < channels,
-                        T.Cast(
-                            "int32",
-                            s.code(
-                                new[b, g, t, T.min(d * 2 + 1, channels - 1)],
-                                scale[g * channels + T.min(d * 2 + 1, channels - 1)],
-                            )
-                            + T.float32(8),
-                        ),
-                        T.int32(8),
-                    )
-                    * T.int32(16),
-                )
+                cache[b, g, slot, d] = s.pair(new, scale, b, g, t, d, channels)
 
     @T.inline
     def score(regs, queries, keys, ro):

@@ -1,4 +1,4 @@
-"""The command line with `target.backend=tvm`, and its artifact in a process without compiler, torch and tvm."""
+"""The command line with `target.backend=tvm`, and its artifact in a process without the compiler."""
 
 from __future__ import annotations
 

@@ -38,13 +38,13 @@ def test_a_changed_library_is_refused_before_it_is_loaded(copied: Path) -> None:
     data = bytearray((copied / "model.so").read_bytes())
     data[-1] ^= 1
     (copied / "model.so").write_bytes(data)
-    with pytest.raises(MemcompileError, match="MC503 model.so: sha256 is"):
+    with pytest.raises(MemcompileError, match=r"MC503 model\.so: sha256 is"):
         load(copied)
 
 
 def test_a_library_that_is_none_is_refused(copied: Path) -> None:
     (copied / "model.so").write_bytes(b"x" * (copied / "model.so").stat().st_size)
-    with pytest.raises(MemcompileError, match="MC505 TVM's runtime does not load model.so"):
+    with pytest.raises(MemcompileError, match=r"MC505 TVM's runtime does not load model\.so"):
         load(copied, check_digests=False)
 
 
@@ -52,10 +52,10 @@ def test_a_truncated_weights_file_is_refused(copied: Path) -> None:
     path = copied / "weights.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(MemcompileError, match="MC506 weights.safetensors has"):
+    with pytest.raises(MemcompileError, match=r"MC506 weights\.safetensors has"):
         load(copied)
     # and by what reads it, should the manifest agree with the file
-    with pytest.raises(MemcompileError, match="MC505 weights.safetensors is not a weights file"):
+    with pytest.raises(MemcompileError, match=r"MC505 weights\.safetensors is not a weights file"):
         open_weights(path)
 
 
