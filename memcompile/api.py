@@ -112,7 +112,11 @@ def optimize(
     """
     resolved = plan if isinstance(plan, Plan) else load_plan(plan)
     progress.stage("capture the model")
-    captured = capture(model, example_inputs, dtype=resolved.model.dtype, tokenizer=tokenizer)
+    wanted = resolved.model
+    captured = capture(
+        model, example_inputs, dtype=wanted.dtype, weights=wanted.weights, activations=wanted.activations,
+        tokenizer=tokenizer,
+    )  # fmt: skip
     windows = None if calibration is None else [dict(window) for window in calibration]
     compiled = pipeline.rewrite_captured(captured, resolved, windows=windows, progress=progress)
     return CompiledModel(captured, compiled, resolved)

@@ -117,7 +117,7 @@ def optimize(
     _check_request(plan, evaluate)
     with ArtifactWriter(out, force=force) as writer:
         progress.stage("capture the model")
-        captured = capture(source, dtype=plan.model.dtype) if isinstance(source, str) else source
+        captured = _captured(source, plan) if isinstance(source, str) else source
         compiled = rewrite_captured(captured, plan, windows=windows, progress=progress)
         beside = source if compare_with_source and isinstance(source, str) else None
         return _finish(writer, captured, compiled, plan, evaluate, beside, quick, progress)
@@ -137,6 +137,11 @@ def export(
     _check_request(plan, evaluate)
     with ArtifactWriter(out, force=force) as writer:
         return _finish(writer, captured, compiled, plan, evaluate, None, False, progress)
+
+
+def _captured(source: str, plan: Plan) -> Captured:
+    wanted = plan.model
+    return capture(source, dtype=wanted.dtype, weights=wanted.weights, activations=wanted.activations)
 
 
 def _check_request(plan: Plan, evaluate: bool) -> None:
@@ -220,6 +225,7 @@ def inspect(
         "family": captured.model.family,
         "parameters": captured.model.parameters,
         "regions": [region.as_dict() for region in attention_regions(captured.graph)],
+        "weights": [weight.as_dict() for weight in captured.weights],
         "refusals": [{"where": r.where, "reason": r.reason} for r in captured.refusals],
     }
 

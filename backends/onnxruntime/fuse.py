@@ -12,6 +12,8 @@ from onnx_ir.passes.common import (
     RemoveUnusedNodesPass,
 )
 
+from memcompile.backends.onnxruntime.split_bits import split_eight_bits
+
 MICROSOFT_DOMAIN = "com.microsoft"
 
 
@@ -22,6 +24,7 @@ def clean_up(model: ir.Model) -> None:
     IdentityEliminationPass()(model)
     fuse_skip_norms(model.graph)
     fold_reshaped_weights(model.graph)
+    split_eight_bits(model.graph)
     RemoveUnusedNodesPass()(model)
     ClearMetadataAndDocStringPass()(model)
     forget_shapes(model.graph)

@@ -27,7 +27,8 @@ def preview(source: str, plan: Plan, progress: Progress) -> dict[str, Any]:
         MemcompileError: MC2xx, the model is not understood; MC109, passes contradict each other.
     """
     progress.stage("capture the model")
-    captured = capture(source, dtype=plan.model.dtype)
+    wanted = plan.model
+    captured = capture(source, dtype=wanted.dtype, weights=wanted.weights, activations=wanted.activations)
     graph = copy_graph(captured.graph)
     before = _state_bytes(attention_regions(graph), {}, plan)
     predicted: dict[str, int] = {}

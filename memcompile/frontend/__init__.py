@@ -18,6 +18,8 @@ def capture(
     example_inputs: Any = None,
     *,
     dtype: str | None = None,
+    weights: str = "stored",
+    activations: str = "float",
     tokenizer: Any = None,
 ) -> Captured:
     """Capture a model.
@@ -25,6 +27,8 @@ def capture(
     source: a Hugging Face folder, a .gguf file, `package.module:function`, or a live `nn.Module`.
     example_inputs: a tensor, a tuple or a dict; needed for modules that transformers does not know.
     dtype: "float32" (the default for files), "bfloat16" or "float16".
+    weights: "stored" keeps the codes of a GGUF file; "float32" takes the floats they stand for.
+    activations: "float" or "int8": what kept codes are multiplied with.
     Raises MC20x: the source is missing, is not a model, or cannot be traced.
     """
     loaded = load_source(source, dtype) if isinstance(source, str) else LoadedModel(source, tokenizer)
@@ -38,7 +42,12 @@ def capture(
             examples = {loaded.module.main_input_name: examples}
         elif isinstance(examples, (tuple, list)):
             examples = {loaded.module.main_input_name: examples[0]}
-        return capture_huggingface(loaded.module, examples, loaded.tokenizer)
+        captured = capture_huggingface(loaded.module, examples, loaded.tokenizer)
+        if loaded.gguf is not None and weights == "stored":
+            from memcompile.frontend.gguf_weights import keep_stored_weights
+
+            captured = keep_stored_weights(captured, loaded.gguf, int8_activations=activations == "int8")
+        return captured
     if examples is None:
         raise MemcompileError(
             "MC205",

@@ -7,13 +7,16 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from memcompile.errors import MemcompileError
 from memcompile.regions import ModelFacts, Refusal, TensorSpec
+
+if TYPE_CHECKING:
+    from memcompile.frontend.gguf_weights import StoredWeight
 
 Inputs = Mapping[str, torch.Tensor]
 
@@ -25,6 +28,7 @@ class Captured:
     `graph` holds un-decomposed ATen and dialect operators; parameters are `get_attr` nodes that share the
     model's storage, placeholders carry the names of `inputs`. `rebuild` gives the flat outputs back in the
     original's own output type; `logits_index` is the flat output that holds a causal model's logits.
+    `weights` are those that are stored as the codes of a model file.
     """
 
     graph: fx.GraphModule
@@ -36,6 +40,7 @@ class Captured:
     tokenizer: Any = None
     tokenizer_folder: Path | None = None
     refusals: tuple[Refusal, ...] = field(default=())
+    weights: tuple[StoredWeight, ...] = field(default=())
     example_inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 

@@ -24,12 +24,13 @@ GGUF_MAGIC = b"GGUF"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A live model with what came along: its tokenizer and, for factories, example inputs."""
+    """A live model with what came along: tokenizer, for factories example inputs, the GGUF file it is of."""
 
     module: torch.nn.Module
     tokenizer: Any = None
     folder: Path | None = None
     example_inputs: Any = None
+    gguf: Path | None = None
 
 
 def load_source(source: str, dtype: str | None = None) -> LoadedModel:
@@ -175,7 +176,8 @@ def _from_pretrained(folder: Path, class_name: str, dtype: str | None, extra: di
                 ) from error
     if extra:
         _forget_the_format(module)
-    return LoadedModel(module.eval(), tokenizer, folder if not extra else None)
+    file = folder / extra["gguf_file"] if extra else None
+    return LoadedModel(module.eval(), tokenizer, None if extra else folder, gguf=file)
 
 
 def _forget_the_format(module: Any) -> None:

@@ -31,6 +31,14 @@ class Model(Section):
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
         "float32", description="type of weights and activations"
     )
+    weights: Literal["stored", "float32"] = Field(
+        "stored",
+        description="of a `.gguf` file: keep its codes as they are stored, or take the floats they stand for",
+    )
+    activations: Literal["float", "int8"] = Field(
+        "float",
+        description="what kept codes are multiplied with: floats (exact), or rounded to int8 (faster)",
+    )
 
 
 def _usable_cores() -> int:
@@ -40,7 +48,9 @@ def _usable_cores() -> int:
 class Target(Section):
     """Where the artifact runs."""
 
-    backend: Literal["onnxruntime", "torch", "tvm"] = Field("onnxruntime", description="what executes the artifact")
+    backend: Literal["onnxruntime", "torch", "tvm"] = Field(
+        "onnxruntime", description="what executes the artifact"
+    )
     device: Literal["cpu", "cuda"] = Field("cpu", description="the device it executes on")
     threads: Annotated[int, Field(ge=1, le=1024)] = Field(
         default_factory=_usable_cores,

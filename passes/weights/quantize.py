@@ -16,11 +16,11 @@ from memcompile.dialect.quantized_embedding import quantized_embedding_cost
 from memcompile.dialect.quantized_linear import quantized_linear_cost
 from memcompile.dialect.quantized_weights import QuantizedWeight
 from memcompile.errors import MemcompileError
-from memcompile.passes.weights.methods import ZeroPoint, quantize
 from memcompile.regions import Refusal, WeightRegion, weight_regions
 from memcompile.rewrite.emit import Emit
 from memcompile.rewrite.entry import Workload
 from memcompile.rewrite.pass_ import NO_CONTEXT, Context, Exactness, Order, Pass, PassConfig, Preset
+from memcompile.weights.methods import ZeroPoint, quantize
 
 Block = Literal[16, 32, 64, 128, 256]
 aten: Any = torch.ops.aten
@@ -42,7 +42,7 @@ class WeightsConfig(PassConfig):
     activations: Literal["int8", "float"] = Field(
         default="int8",
         description="what the kernel multiplies the codes by: activations rounded to int8 a block, or floats "
-        "(8-bit weights with float activations run without a fast kernel on CPU)",
+        "(slower; 8-bit codes are then multiplied as two halves)",
     )
     lm_head: bool = Field(default=True, description="quantise the product that gives the logits")
     embedding: bool = Field(

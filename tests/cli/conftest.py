@@ -60,9 +60,10 @@ def _each_folder_is_captured_once(
     from memcompile.cli import preview
     from memcompile.frontend import capture
 
-    def remembered(source: str, *, dtype: str | None = None) -> Any:
+    def remembered(source: str, *, dtype: str | None = None, **weights: str) -> Any:
         if (source, dtype) not in _captures:
-            _captures[source, dtype] = capture(source, dtype=dtype)
+            # these sources are folders: how a GGUF file's weights are kept does not matter to them
+            _captures[source, dtype] = capture(source, dtype=dtype, **weights)
         return _captures[source, dtype]
 
     for module in (preview, pipeline):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from memcompile.passes.weights.methods import METHODS, quantize
+from memcompile.weights.methods import METHODS, quantize
 
 ZERO_POINTS = ("none", "integer", "float")
 
@@ -85,7 +85,7 @@ def test_a_grid_of_the_same_shape_is_found_again() -> None:
 
 
 def test_a_weight_is_quantised_alike_in_pieces_and_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    from memcompile.passes.weights import methods
+    from memcompile.weights import methods
 
     whole = quantize(weight(), bits=4, block=32, zero_point="integer", method="hqq")
     monkeypatch.setattr(methods, "TOGETHER", 96 * 7)
