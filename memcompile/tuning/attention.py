@@ -164,18 +164,18 @@ def problems(shape: Shape, workload: Workload, held_tokens: int | None = None) -
     )
 
 
-def chunk_fits(candidate: Candidate, sizes: Sizes) -> bool:
-    """A chunk is not longer than the prompt."""
-    return candidate.get("chunk") <= sizes["tokens"]
-
-
 def space_of(operator: str, rival: str, chunk: Parameter | None = None, valid: Rule = always) -> Space:
     """Our kernels against the runtime's implementation, `rival`; with `chunk`, prompts come in parts."""
     if operator == DECODE:
         return Space(operator, {KERNELS: (SPLITS,), rival: ()}, valid)
-    chunks = (chunk,) if chunk else ()
+    if chunk is None:
+        return Space(operator, {KERNELS: (KEY_TILE,), rival: ()}, valid)
+    usual = chunk.default
 
     def fits(candidate: Candidate, sizes: Sizes) -> bool:
-        return chunk_fits(candidate, sizes) and valid(candidate, sizes)
+        # chunks longer than the prompt are all the same
+        return (candidate.get("chunk") == usual or candidate.get("chunk") <= sizes["tokens"]) and valid(
+            candidate, sizes
+        )
 
-    return Space(operator, {KERNELS: (KEY_TILE, *chunks), rival: chunks}, fits)
+    return Space(operator, {KERNELS: (KEY_TILE, chunk), rival: (chunk,)}, fits)
