@@ -38,7 +38,7 @@ def externalize(model: ir.Model, folder: Path, name: str, from_bytes: int) -> No
             at.offset,
             at.length,
             tensor.dtype,
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(tensor.numpy().shape),
             name=value.name,
             base_dir=folder,
         )

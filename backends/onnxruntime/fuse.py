@@ -92,8 +92,9 @@ def fold_reshaped_weights(graph: ir.Graph) -> int:
         shape = [int(size) for size in target.numpy()]
         if any(size == 0 for size in shape):
             continue
-        tensor = ir.tensor(source.const_value.numpy().reshape(shape), name=node.outputs[0].name)
-        value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))
+        reshaped = source.const_value.numpy().reshape(shape)
+        tensor = ir.tensor(reshaped, name=node.outputs[0].name)
+        value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(reshaped.shape))
         value.const_value = tensor
         graph.register_initializer(value)
         ir.convenience.replace_all_uses_with(node.outputs[0], value)

@@ -127,16 +127,17 @@ def _stored(value: ir.Value) -> NDArray[Any]:
     return value.const_value.numpy()
 
 
-def _pack(nibbles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _pack(nibbles: NDArray[Any]) -> NDArray[Any]:
     """Two codes a byte along the last axis, the earlier in the low half."""
     if nibbles.shape[-1] % 2:
         nibbles = np.pad(nibbles, [(0, 0)] * (nibbles.ndim - 1) + [(0, 1)])
-    return nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
+    packed: NDArray[Any] = nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
+    return packed
 
 
 def _store(graph: ir.Graph, name: str, values: NDArray[Any]) -> ir.Value:
     tensor = ir.tensor(np.ascontiguousarray(values), name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(values.shape))
     value.const_value = tensor
     graph.register_initializer(value)
     return value

@@ -10,12 +10,12 @@ from memcompile.frontend import capture
 from memcompile.plan import Plan
 from memcompile.program import copy_graph
 from memcompile.progress import Progress
-from memcompile.regions import AttentionRegion, Refusal, attention_regions
-from memcompile.rewrite.costs import decode_cost
+from memcompile.regions import Refusal
 from memcompile.rewrite.manager import apply, select
 from memcompile.rewrite.order import Loaded, ordered
 from memcompile.rewrite.pass_ import Context
 from memcompile.rewrite.registry import load_pass
+from memcompile.rewrite.step_bytes import step_bytes
 
 
 def preview(source: str, plan: Plan, progress: Progress) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def preview(source: str, plan: Plan, progress: Progress) -> dict[str, Any]:
     wanted = plan.model
     captured = capture(source, dtype=wanted.dtype, weights=wanted.weights, activations=wanted.activations)
     graph = copy_graph(captured.graph)
-    before = _state_bytes(attention_regions(graph), {}, plan)
+    original = step_bytes(graph, plan.workload)
     predicted: dict[str, int] = {}
     tried = []
     loaded: list[Loaded] = [
@@ -41,11 +41,19 @@ def preview(source: str, plan: Plan, progress: Progress) -> dict[str, Any]:
         found, state_bytes = _try(graph, one, plan)
         predicted |= state_bytes
         tried.append(found)
-    after = _state_bytes(attention_regions(graph), predicted, plan)
+    rewritten = step_bytes(graph, plan.workload, predicted)
+    causal = captured.model.causal
     return {
         "passes": tried,
         "refusals": [{"where": refusal.where, "reason": refusal.reason} for refusal in captured.refusals],
-        "state_bytes": {"original": before, "rewritten": after} if captured.model.causal else None,
+        "state_bytes": {"original": original.state, "rewritten": rewritten.state} if causal else None,
+        "step_bytes": {
+            "original": original.as_dict(),
+            "rewritten": rewritten.as_dict(),
+            "bound": original.sentence(),
+        }
+        if causal
+        else None,
     }
 
 
@@ -111,13 +119,3 @@ def _problem(one: Loaded, plan: Plan, matched: int, refusals: Sequence[Refusal])
         fix = f"select more layers, or set expect: {matched}"
         return MemcompileError("MC302", message, where=entry.where, fix=fix)
     return None
-
-
-def _state_bytes(regions: Sequence[AttentionRegion], predicted: dict[str, int], plan: Plan) -> int:
-    """Bytes of all caches; a region that no pass predicted (or that a pass made) is read off the graph."""
-    return sum(
-        predicted[region.region]
-        if region.region in predicted
-        else decode_cost(region, plan.workload).state_bytes
-        for region in regions
-    )

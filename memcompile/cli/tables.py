@@ -78,6 +78,11 @@ def print_explanation(console: Console, explanation: Json) -> None:
     for region in explanation.get("regions", ()):
         console.print(f"region {escape(str(region['region']))}: {escape(str(region['summary']))}")
     print_state_bytes(console, explanation.get("state_bytes"))
+    if step := explanation.get("step_bytes"):
+        before, after = (sum(step[side].values()) for side in ("original", "rewritten"))
+        console.print(
+            f"bytes of a decode step: {format_bytes(before)} -> {format_bytes(after)}; {step['bound']}"
+        )
 
 
 def _place(entry: Json) -> str:
@@ -173,7 +178,8 @@ def _ranges(names: Sequence[Any]) -> str:
     """`0-3, 7` for numbers; other names as they are."""
     texts = [str(name) for name in names]
     if not all(text.isdigit() for text in texts):
-        return ", ".join(texts)
+        more = f" and {len(texts) - 4} more" if len(texts) > 5 else ""
+        return ", ".join(texts[:4] if more else texts) + more
     runs: list[list[int]] = []
     for number in sorted(int(text) for text in texts):
         if runs and runs[-1][-1] == number - 1:

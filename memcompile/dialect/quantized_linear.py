@@ -41,10 +41,12 @@ def rounded_activations(x: torch.Tensor, block: int) -> torch.Tensor:
     """x [...,K] with every block of K rounded to int8 steps of its own largest magnitude / 127."""
     width = x.shape[-1]
     blocks = -(-width // block)
-    padded = torch.nn.functional.pad(x, (0, blocks * block - width)).unflatten(-1, (blocks, block))
+    padded = torch.nn.functional.pad(x, (0, blocks * block - width))
+    padded = padded.reshape(*x.shape[:-1], blocks, block)
     step = padded.abs().amax(dim=-1, keepdim=True) / 127
     codes = torch.round(padded / torch.where(step > 0, step, torch.ones_like(step)))
-    return (codes * step).flatten(-2)[..., :width]
+    rounded: torch.Tensor = (codes * step).flatten(-2)[..., :width]
+    return rounded
 
 
 @torch.library.custom_op("memcompile::quantized_linear", mutates_args=())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from memcompile.dialect.quantized_weights import QuantizedWeight, middle_code, pack
 
-Bytes = NDArray[np.uint8]
+# uint8 throughout; numpy's types lose that in every shift
+Bytes = NDArray[Any]
 Floats = NDArray[np.float32]
 
 
@@ -54,7 +55,7 @@ def repack(format_name: str, rows: Bytes, width: int) -> QuantizedWeight:
     middle = middle_code(found.bits)
     codes = found.codes.reshape(count, scales.shape[1], -1)
     offsets = None if found.offsets is None else found.offsets.reshape(count, -1)
-    if found.offsets is None:
+    if offsets is None:
         # the file's zero moves to the middle of the codes, which is where it is without zero points
         codes = (codes.astype(np.int16) + (middle - found.zero)).astype(np.uint8)
     else:
@@ -135,8 +136,8 @@ def _q5_k(raw: Bytes) -> Blocks:
 
 
 def _q6_k(raw: Bytes) -> Blocks:
-    low = raw[:, :128].reshape(len(raw), 2, 1, 64)
-    low = np.concatenate([low & 15, low >> 4], axis=2).reshape(len(raw), 8, 32)
+    packed = raw[:, :128].reshape(len(raw), 2, 1, 64)
+    low = np.concatenate([packed & 15, packed >> 4], axis=2).reshape(len(raw), 8, 32)
     places = np.arange(0, 8, 2, dtype=np.uint8).reshape(1, 1, 4, 1)
     high = ((raw[:, 128:192].reshape(len(raw), 2, 1, 32) >> places) & 3).reshape(len(raw), 8, 32)
     codes = (low | (high << 4)).reshape(len(raw), 16, 16)

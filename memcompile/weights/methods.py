@@ -54,7 +54,9 @@ def quantize(
 ) -> QuantizedWeight:
     """Quantise a weight [N,K] by the method of that name."""
     rows = max(1, TOGETHER // weight.shape[1])
-    parts = [_quantize_rows(some, bits, block, zero_point, METHODS[method]) for some in weight.split(rows)]
+    parts = [
+        _quantize_rows(some, bits, block, zero_point, METHODS[method]) for some in torch.split(weight, rows)
+    ]
     codes, scales, zeros, offsets = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return QuantizedWeight(
         codes,

@@ -1,0 +1,101 @@
+"""Where the bytes of a decode step go: weights, state and activations, read off the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from memcompile.regions import WeightRegion, argument, attention_regions, weight_regions
+from memcompile.rewrite.costs import decode_cost
+from memcompile.rewrite.entry import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class StepBytes:
+    """Bytes that decoding one token moves, at the end of a workload.
+
+    weights: every stored tensor once; of experts those that are chosen, of an embedding the rows looked up.
+    state: all caches, read once. activations: what linear layers and attention read and write.
+    """
+
+    weights: int
+    state: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.state + self.activations
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"weights": self.weights, "state": self.state, "activations": self.activations}
+
+    def sentence(self) -> str:
+        """What compressing one of them can win at most, where bytes bound the speed."""
+        weights, state = self.weights / self.total, self.state / self.total
+        return (
+            f"weights are {weights:.0%} of the bytes of a decode step and the cache {state:.0%}: "
+            f"KV compression can win at most {1 / (1 - state):.1f}x, "
+            f"weight compression {1 / (1 - weights):.1f}x"
+        )
+
+
+def step_bytes(
+    graph_module: fx.GraphModule, workload: Workload, state_bytes: Mapping[str, int] | None = None
+) -> StepBytes:
+    """The bytes of the workload's last decode step. state_bytes: by region, where they are known better."""
+    known = state_bytes or {}
+    attentions = attention_regions(graph_module)
+    state = sum(
+        known[region.region] if region.region in known else decode_cost(region, workload).state_bytes
+        for region in attentions
+    )
+    weights, counted = 0, set[str]()
+    activations = 0
+    for region in weight_regions(graph_module):
+        counted |= _stored_names(region)
+        whole, element = _weight_bytes(region)
+        if region.kind == "embedding":
+            whole = whole * min(workload.batch, region.rows) // region.rows
+        else:
+            activations += workload.batch * (region.width + region.rows) * element
+        weights += whole
+    for attention in attentions:
+        element = argument(attention.node, "k").meta["val"].element_size()
+        width = 2 * (attention.heads + attention.kv_heads) * attention.head_dim
+        activations += workload.batch * width * element
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr" and str(node.target) not in counted:
+            counted.add(str(node.target))
+            weights += int(_bytes(node) * _share_read(node, workload))
+    return StepBytes(weights, state, activations)
+
+
+def _stored_names(region: WeightRegion) -> set[str]:
+    return {str(node.target) for node in _operands(region)}
+
+
+def _operands(region: WeightRegion) -> list[fx.Node]:
+    return [node for node in region.node.all_input_nodes if node.op == "get_attr"]
+
+
+def _weight_bytes(region: WeightRegion) -> tuple[int, int]:
+    """Bytes of a region's stored tensors, and of an element of its activations."""
+    return sum(_bytes(node) for node in _operands(region)), region.node.meta["val"].element_size()
+
+
+def _bytes(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+def _share_read(node: fx.Node, workload: Workload) -> float:
+    """The share of a tensor that a step reads: of experts, those that its tokens choose."""
+    for user in node.users:
+        if user.target is torch.ops.memcompile.experts.default:
+            experts, chosen = node.meta["val"].shape[0], argument(user, "index").meta["val"].shape[1]
+            return float(min(1.0, workload.batch * int(chosen) / int(experts)))
+    return 1.0
