@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from memcompile.cli.tune_subject import Subject
-    from memcompile.tuning import Choices, Database, Outcome, Record
+    from memcompile.tuning import Database, Outcome, Record, Task
 
 EXAMPLES: Final = """\
 \b
@@ -135,25 +135,31 @@ def tune(
             settings=Settings(seed=seed),
             progress=progress,
         )
-    _show(output, found, outcome, _chosen(found, database, tasks[0]), database)
+    _show(output, found, outcome, _decisions(found, database, tasks[0]), database)
 
 
-def _chosen(subject: Subject, database: Database, task: Any) -> Choices:
+def _decisions(subject: Subject, database: Database, task: Task) -> list[dict[str, Any]]:
+    """What `optimize` would decide; caches of other bits are other artifacts."""
     from memcompile.tuning import choose
 
-    default = dict(task.space.default.parameters).get("chunk", 0)
-    return choose(
-        database,
-        subject.backend,
-        subject.asks,
-        subject.workload,
-        dtype=task.dtype,
-        packages=task.packages,
-        chunk=default,
-    )
+    decisions: list[dict[str, Any]] = []
+    for bits in dict.fromkeys(ask.shape.bits for ask in subject.asks):
+        choices = choose(
+            database,
+            subject.backend,
+            [ask for ask in subject.asks if ask.shape.bits == bits],
+            subject.workload,
+            dtype=task.dtype,
+            packages=task.packages,
+            chunk=task.space.default.get("chunk"),
+        )
+        decisions += [{**decision, "bits": bits} for decision in choices.decisions]
+    return decisions
 
 
-def _show(output: Output, subject: Subject, outcome: Outcome, choices: Choices, database: Database) -> None:
+def _show(
+    output: Output, subject: Subject, outcome: Outcome, decisions: list[dict[str, Any]], database: Database
+) -> None:
     from memcompile.cli.tune_subject import as_dict
 
     if output.json:
@@ -165,7 +171,7 @@ def _show(output: Output, subject: Subject, outcome: Outcome, choices: Choices, 
                 "tuned": [record.as_dict() for record in outcome.records],
                 "known": [record.as_dict() for record in outcome.known],
                 "left": [{"operator": p.operator, "sizes": p.sizes} for p in outcome.left],
-                "decisions": list(choices.decisions),
+                "decisions": decisions,
             }
         )
         return
@@ -178,9 +184,9 @@ def _show(output: Output, subject: Subject, outcome: Outcome, choices: Choices, 
         console.print(f"{len(outcome.known)} of these were known; --again measures them anew", markup=False)
     for problem in outcome.left:
         console.print(f"no time was left for {problem}: call again to go on", markup=False)
-    for decision in choices.decisions:
-        place = f"{decision['regions']}: " if "regions" in decision else ""
-        console.print(f"chosen for {place}{decision['decision']}", markup=False)
+    for decision in decisions:
+        place = decision.get("regions") or (f"int{decision['bits']} cache" if decision["bits"] else "prompts")
+        console.print(f"chosen for {place}: {decision['decision']}", markup=False)
     console.print(f"database: {database.path}", markup=False, soft_wrap=True)
 
 
@@ -226,9 +232,9 @@ def _print_table(console: Console, records: Iterable[Record], *, device: bool = 
             str(problem),
             *([machine] if device else []),
             str(record.default),
-            _seconds(record.least(record.default)),
+            _seconds(record.estimate(record.default)),
             "the default" if same else str(record.winner),
-            "" if same else _seconds(record.least(record.winner)),
+            "" if same else _seconds(record.estimate(record.winner)),
             "" if same else f"{record.gain.best:.2f}x",
             "" if same else f"{record.gain.low:.2f}-{record.gain.high:.2f}",
         ]

@@ -71,12 +71,15 @@ class Measured:
     def prompt_seconds(self, candidate: Candidate) -> float:
         # a record of another length: attention over a prompt grows with its square
         scale = (self.workload.prompt_tokens / self.prefill.key.sizes["tokens"]) ** 2
-        return self.prefill.least(candidate) * scale * self.workload.batch
+        return self.prefill.estimate(candidate) * scale * self.workload.batch
 
     def decode_seconds(self, candidate: Candidate) -> float:
         held = self.ask.held_tokens or self.workload.prompt_tokens
         return (
-            self.decode.least(candidate) * held / self.decode.key.sizes["tokens"] * self.workload.new_tokens
+            self.decode.estimate(candidate)
+            * held
+            / self.decode.key.sizes["tokens"]
+            * self.workload.new_tokens
         )
 
     def best(self, chunk: int) -> tuple[float, Candidate, Candidate]:
@@ -101,13 +104,16 @@ class Measured:
     def chunks(self) -> set[int]:
         return {c.get("chunk") for c in self.prefill.seconds}
 
+    def best_chunk(self) -> int:
+        return self.prefill.winner.get("chunk")
+
 
 def _of(record: Record, candidates: Sequence[Candidate]) -> Candidate:
     """Of one implementation's candidates the record's winner, else automatic parameters, else the fastest."""
     if record.winner in candidates:
         return record.winner
     automatic = [c for c in candidates if all(not v for n, v in c.parameters if n != "chunk")]
-    return next(iter(automatic), min(candidates, key=record.least))
+    return next(iter(automatic), min(candidates, key=record.estimate))
 
 
 def choose(
@@ -165,11 +171,12 @@ def _nearest(records: Sequence[Record], problem: Problem) -> Record | None:
 
 
 def _chunk(measured: Sequence[Measured], regions: int, default: int) -> int:
-    """The chunk with the least time over all regions; the default unless every region was measured at it."""
+    """The chunk with the least time over all regions, among the default and those that won a race."""
     shared = set.intersection(*(m.chunks() for m in measured))
     if len(measured) < regions or default not in shared:
         return default
-    totals = {chunk: sum(m.best(chunk)[0] for m in measured) for chunk in shared}
+    won = {default, *(m.best_chunk() for m in measured)} & shared
+    totals = {chunk: sum(m.best(chunk)[0] for m in measured) for chunk in won}
     best = min(totals, key=lambda chunk: totals[chunk])
     return best if totals[default] >= CHUNK_WORTH * totals[best] else default
 

@@ -43,13 +43,18 @@ class Key:
 
 @dataclass(frozen=True)
 class Record:
-    """The outcome of one search. `seconds` holds each candidate's time in each round it ran in."""
+    """The outcome of one search.
+
+    `seconds` holds each candidate's time in each round it ran in. Rounds met different loads, so candidates
+    are compared by `shares`: the least time over the default's in the same rounds.
+    """
 
     key: Key
     default: Candidate
     winner: Candidate
     gain: Gain
     seconds: Mapping[Candidate, tuple[float, ...]]
+    shares: Mapping[Candidate, float]
     refused: Mapping[Candidate, str]
     space_size: int
     exhaustive: bool
@@ -58,13 +63,13 @@ class Record:
     @classmethod
     def of(cls, key: Key, default: Candidate, found: Found, when: str) -> Record:
         return cls(
-            key, default, found.winner, found.gain, found.seconds, found.refused, found.space_size,
-            found.exhaustive, when,
+            key, default, found.winner, found.gain, found.seconds, found.shares, found.refused,
+            found.space_size, found.exhaustive, when,
         )  # fmt: skip
 
-    def least(self, candidate: Candidate) -> float:
-        """Seconds of a candidate at its fastest."""
-        return min(self.seconds[candidate])
+    def estimate(self, candidate: Candidate) -> float:
+        """Seconds of a candidate: its share of the default's least time."""
+        return min(self.seconds[self.default]) * self.shares[candidate]
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -73,8 +78,8 @@ class Record:
             "winner": self.winner.as_dict(),
             "gain": self.gain.as_dict(),
             "candidates": [
-                {**candidate.as_dict(), "seconds": [round(s, 9) for s in seconds]}
-                for candidate, seconds in self.seconds.items()
+                {**c.as_dict(), "share": round(self.shares[c], 4), "seconds": [round(s, 9) for s in seconds]}
+                for c, seconds in self.seconds.items()
             ],
             "refused": [{**c.as_dict(), "reason": reason} for c, reason in self.refused.items()],
             "space_size": self.space_size,
@@ -88,9 +93,10 @@ class Record:
         key = Key(*(found[name] for name in ("backend", "operator", "sizes", "dtype", "device", "versions")))
         gain = Gain(*(float(found["gain"][name]) for name in ("best", "median", "low", "high")))
         seconds = {Candidate.from_dict(c): tuple(float(s) for s in c["seconds"]) for c in found["candidates"]}
+        shares = {Candidate.from_dict(c): float(c["share"]) for c in found["candidates"]}
         default, winner = Candidate.from_dict(found["default"]), Candidate.from_dict(found["winner"])
         if not all(seconds.get(c) for c in (default, winner)):
             raise ValueError("the default and the winner have no times")
         refused = {Candidate.from_dict(c): str(c["reason"]) for c in found["refused"]}
         size, exhaustive = int(found["space_size"]), bool(found["exhaustive"])
-        return cls(key, default, winner, gain, seconds, refused, size, exhaustive, str(found["when"]))
+        return cls(key, default, winner, gain, seconds, shares, refused, size, exhaustive, str(found["when"]))

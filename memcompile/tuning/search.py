@@ -45,11 +45,15 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The outcome: who won, by how much, everybody's seconds, and who was refused and why."""
+    """The outcome: who won, by how much, everybody's seconds, and who was refused and why.
+
+    `shares`: the least time over the default's in the same rounds; below 1 is faster.
+    """
 
     winner: Candidate
     gain: Gain
     seconds: dict[Candidate, tuple[float, ...]]
+    shares: dict[Candidate, float]
     refused: dict[Candidate, str]
     space_size: int
     # whether every valid candidate was tried
@@ -88,7 +92,10 @@ class Search:
             winner = self.space.default
         tried = len(race.runs) + len(self.refused)
         times = {c: tuple(race.times[c].values()) + tuple(duel.times.get(c, {}).values()) for c in race.times}
-        return Found(winner, duel.gain(winner), times, self.refused, len(everyone), tried == len(everyone))
+        shares = {c: (duel if c in duel.times else race).share(c) for c in race.times}
+        return Found(
+            winner, duel.gain(winner), times, shares, self.refused, len(everyone), tried == len(everyone)
+        )
 
     def _sampled(self, everyone: Sequence[Candidate]) -> list[Candidate]:
         chosen = random.Random(self.settings.seed).sample(everyone[1:], self.settings.sample)

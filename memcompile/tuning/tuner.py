@@ -135,7 +135,7 @@ def _search(
             "MC123",
             f"the default of {task.problem.operator} cannot run on {task.backend}: {error}",
             where=str(task.problem),
-            fix="choose sizes that the backend has kernels for, or another backend",
+            fix="choose sizes that the kernels take (they need a C++ compiler), or another backend",
         ) from error
     return Record.of(key, task.space.default, found, datetime.now(UTC).isoformat(timespec="seconds"))
 

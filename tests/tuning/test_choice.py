@@ -68,7 +68,8 @@ def store(
     default = next(iter(seconds))
     best = winner or min(seconds, key=lambda c: seconds[c])
     times = {c: (s,) for c, s in seconds.items()}
-    database.store(Record(key, default, best, Gain(1, 1, 1, 1), times, {}, len(times), True, "now"))
+    shares = {c: s / seconds[default] for c, s in seconds.items()}
+    database.store(Record(key, default, best, Gain(1, 1, 1, 1), times, shares, {}, len(times), True, "now"))
 
 
 def chosen(database: Database, *asks: Ask, workload: Workload = WORKLOAD) -> Choices:
@@ -149,7 +150,7 @@ def test_other_versions_do_not_count(database: Database) -> None:
 
 def test_a_decision_names_the_regions_that_share_it(database: Database) -> None:
     store(database, PREFILL, {ours(key_tile=0, chunk=512): 1.0, ours(key_tile=32, chunk=512): 0.5})
-    store(database, DECODE, {ours(splits=0): 0.0})
+    store(database, DECODE, {ours(splits=0): 1e-9})
     found = chosen(database, Ask("0", SHAPE), Ask("1", SHAPE))
     assert found.decisions == (
         {

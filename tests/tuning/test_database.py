@@ -25,6 +25,7 @@ KEY = Key(
 )
 RECORD = Record(
     KEY, TWO.default, OTHER, Gain(1.5, 1.4, 1.3, 1.6), {TWO.default: (0.3, 0.31), OTHER: (0.2,)},
+    {TWO.default: 1.0, OTHER: 0.6667},
     {TWO.candidates({})[2]: "its output differs"}, 7, True, "2026-01-01T00:00:00+00:00",
 )  # fmt: skip
 

@@ -109,7 +109,10 @@ def know(database: Database, captured: Any, prefill: Candidate, decode: Candidat
         device = fingerprint(1)
         key = Key("onnxruntime", problem.operator, problem.sizes, "float32", device, versions(PACKAGES))
         seconds = {task.space.default: (1.0,), best: (0.5,)}
-        database.store(Record(key, task.space.default, best, Gain(2, 2, 2, 2), seconds, {}, 2, True, "now"))
+        shares = {task.space.default: 1.0, best: 0.5}
+        database.store(
+            Record(key, task.space.default, best, Gain(2, 2, 2, 2), seconds, shares, {}, 2, True, "now")
+        )
 
 
 def test_parameters_reach_the_operators_of_the_artifact(database: Database, tmp_path: Path) -> None:
