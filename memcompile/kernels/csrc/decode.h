@@ -13,6 +13,7 @@ namespace MC_ISA {
 
 constexpr int MAX_ROWS = 16;    // queries of one group that decode takes together
 constexpr int PART_KEYS = 256;  // scores kept at a time
+constexpr int NEAR_KEYS = 32;   // value rows read at a time
 
 struct Decode {
     const McAttention *c;
@@ -50,6 +51,17 @@ template <int TYPE, int N> static inline void read_row(const void *data, int64_t
     }
 }
 
+// Codes are read slowly enough that the hardware's own prefetching falls behind; floats are not.
+constexpr int64_t AHEAD_BYTES = 6144;
+
+template <int TYPE, int N> static inline void prefetch(const void *data, int64_t at, int first) {
+    if constexpr (TYPE >= MC_I8) {
+        constexpr int CODES = TYPE == MC_I4 ? 2 : 1;  // a byte
+        const char *p = (const char *)data + at + first * LANES / CODES + AHEAD_BYTES;
+        for (int i = 0; i < N * LANES / CODES; i += 64) __builtin_prefetch(p + i);
+    }
+}
+
 // Scores of LANES keys for R queries, over N of the D/LANES vectors; `add` goes on with earlier ones.
 template <int TYPE, int R, int N>
 static inline void score(const void *k, const int64_t *at, int first, const float *q, int64_t D, float *s,
@@ -60,6 +72,7 @@ static inline void score(const void *k, const int64_t *at, int first, const floa
     Vf acc[R][LANES];
     for (int j = 0; j < LANES; j++) {
         Vf row[N];
+        prefetch<TYPE, N>(k, at[j], first);
         read_row<TYPE, N>(k, at[j], first, row);
         for (int r = 0; r < R; r++) {
             Vf x = q_at[r][0] * row[0];
@@ -82,6 +95,7 @@ static inline void gather(const void *v, const int64_t *at, int n, int first, co
         for (int i = 0; i < N; i++) acc[r][i] = load(o + r * D + (first + i) * LANES);
     for (int j = 0; j < n; j++) {
         Vf row[N];
+        prefetch<TYPE, N>(v, at[j], first);
         read_row<TYPE, N>(v, at[j], first, row);
         for (int r = 0; r < R; r++)
             for (int i = 0; i < N; i++) acc[r][i] += p[r * p_row + j] * row[i];
@@ -90,48 +104,59 @@ static inline void gather(const void *v, const int64_t *at, int n, int first, co
         for (int i = 0; i < N; i++) store(o + r * D + (first + i) * LANES, acc[r][i]);
 }
 
-template <int TYPE, int R>
-static void score_all(const void *k, const int64_t *at, const float *q, int64_t D, float *s, int64_t s_row) {
+// Vectors of a row that are taken together. Whole rows, so that memory is read in one stream: where they are
+// wide, two queries at a time fill the registers, else four.
+constexpr int WIDE = REGISTERS == 32 ? 8 : 4, NARROW = WIDE / 2;
+
+template <int TYPE, int R, int MOST>
+static void score_all(const void *k, const int64_t *at, const float *q, int64_t D, float *s) {
     int vectors = (int)(D / LANES), i = 0;
-    for (; i + 4 <= vectors; i += 4) score<TYPE, R, 4>(k, at, i, q, D, s, s_row, i > 0);
-    for (; i + 2 <= vectors; i += 2) score<TYPE, R, 2>(k, at, i, q, D, s, s_row, i > 0);
+    for (; i + MOST <= vectors; i += MOST) score<TYPE, R, MOST>(k, at, i, q, D, s, PART_KEYS, i > 0);
+    for (; i + 2 <= vectors; i += 2) score<TYPE, R, 2>(k, at, i, q, D, s, PART_KEYS, i > 0);
     if constexpr (TYPE != MC_I4)
-        for (; i < vectors; i++) score<TYPE, R, 1>(k, at, i, q, D, s, s_row, i > 0);
+        for (; i < vectors; i++) score<TYPE, R, 1>(k, at, i, q, D, s, PART_KEYS, i > 0);
 }
 
-template <int TYPE, int R>
-static void gather_all(const void *v, const int64_t *at, int n, const float *p, int64_t p_row, float *o,
-                       int64_t D) {
+template <int TYPE, int R, int MOST>
+static void gather_all(const void *v, const int64_t *at, int n, const float *p, float *o, int64_t D) {
     int vectors = (int)(D / LANES), i = 0;
-    for (; i + 4 <= vectors; i += 4) gather<TYPE, R, 4>(v, at, n, i, p, p_row, o, D);
-    for (; i + 2 <= vectors; i += 2) gather<TYPE, R, 2>(v, at, n, i, p, p_row, o, D);
+    for (; i + MOST <= vectors; i += MOST) gather<TYPE, R, MOST>(v, at, n, i, p, PART_KEYS, o, D);
+    for (; i + 2 <= vectors; i += 2) gather<TYPE, R, 2>(v, at, n, i, p, PART_KEYS, o, D);
     if constexpr (TYPE != MC_I4)
-        for (; i < vectors; i++) gather<TYPE, R, 1>(v, at, n, i, p, p_row, o, D);
+        for (; i < vectors; i++) gather<TYPE, R, 1>(v, at, n, i, p, PART_KEYS, o, D);
 }
 
 template <int TYPE>
 static void score_rows(int rows, const void *k, const int64_t *at, const float *q, int64_t D, float *s) {
     int r = 0;
-    for (; r + 4 <= rows; r += 4) score_all<TYPE, 4>(k, at, q + r * D, D, s + r * PART_KEYS, PART_KEYS);
-    if (rows - r == 3) score_all<TYPE, 3>(k, at, q + r * D, D, s + r * PART_KEYS, PART_KEYS);
-    if (rows - r == 2) score_all<TYPE, 2>(k, at, q + r * D, D, s + r * PART_KEYS, PART_KEYS);
-    if (rows - r == 1) score_all<TYPE, 1>(k, at, q + r * D, D, s + r * PART_KEYS, PART_KEYS);
+    if (D / LANES >= WIDE) {
+        for (; r + 2 <= rows; r += 2) score_all<TYPE, 2, WIDE>(k, at, q + r * D, D, s + r * PART_KEYS);
+    } else {
+        for (; r + 4 <= rows; r += 4) score_all<TYPE, 4, NARROW>(k, at, q + r * D, D, s + r * PART_KEYS);
+        for (; r + 3 <= rows; r += 3) score_all<TYPE, 3, NARROW>(k, at, q + r * D, D, s + r * PART_KEYS);
+        for (; r + 2 <= rows; r += 2) score_all<TYPE, 2, NARROW>(k, at, q + r * D, D, s + r * PART_KEYS);
+    }
+    for (; r < rows; r++) score_all<TYPE, 1, WIDE>(k, at, q + r * D, D, s + r * PART_KEYS);
 }
 
 template <int TYPE>
 static void gather_rows(int rows, const void *v, const int64_t *at, int n, const float *p, float *o,
                         int64_t D) {
     int r = 0;
-    for (; r + 4 <= rows; r += 4) gather_all<TYPE, 4>(v, at, n, p + r * PART_KEYS, PART_KEYS, o + r * D, D);
-    if (rows - r == 3) gather_all<TYPE, 3>(v, at, n, p + r * PART_KEYS, PART_KEYS, o + r * D, D);
-    if (rows - r == 2) gather_all<TYPE, 2>(v, at, n, p + r * PART_KEYS, PART_KEYS, o + r * D, D);
-    if (rows - r == 1) gather_all<TYPE, 1>(v, at, n, p + r * PART_KEYS, PART_KEYS, o + r * D, D);
+    if (D / LANES >= WIDE) {
+        for (; r + 2 <= rows; r += 2) gather_all<TYPE, 2, WIDE>(v, at, n, p + r * PART_KEYS, o + r * D, D);
+    } else {
+        for (; r + 4 <= rows; r += 4) gather_all<TYPE, 4, NARROW>(v, at, n, p + r * PART_KEYS, o + r * D, D);
+        for (; r + 3 <= rows; r += 3) gather_all<TYPE, 3, NARROW>(v, at, n, p + r * PART_KEYS, o + r * D, D);
+        for (; r + 2 <= rows; r += 2) gather_all<TYPE, 2, NARROW>(v, at, n, p + r * PART_KEYS, o + r * D, D);
+    }
+    for (; r < rows; r++) gather_all<TYPE, 1, WIDE>(v, at, n, p + r * PART_KEYS, o + r * D, D);
 }
 
 template <int TYPE>
 static void decode_part(const Decode &d, int64_t b, int64_t g, int64_t part, const float *q, float *partial) {
     const McAttention &c = *d.c;
-    int64_t D = c.D, used = c.used ? c.used[b] : c.S, group = c.H / c.G;
+    int64_t D = c.D, used = c.used ? c.used[b] : c.S;
     int64_t candidates = c.slots ? c.slot_count : used;
     int64_t from = candidates * part / d.parts, to = candidates * (part + 1) / d.parts;
     if (!c.slots) {  // parts begin at whole chunks
@@ -198,9 +223,10 @@ static void decode_part(const Decode &d, int64_t b, int64_t g, int64_t part, con
                 for (int j = 0; j < n; j++) x[j] *= v_token[slot[j]];
         }
         for (int j = 0; j < n; j++) at[j] = v_at + (int64_t)slot[j] * c.v.token;
-        gather_rows<TYPE>(rows, c.v.data, at, n, s, o, D);
+        // few enough at a time that the rows' other channels are still in the first cache
+        for (int j = 0; j < n; j += NEAR_KEYS)
+            gather_rows<TYPE>(rows, c.v.data, at + j, n - j < NEAR_KEYS ? n - j : NEAR_KEYS, s + j, o, D);
     }
-    (void)group;
 }
 
 static void decode_task(void *data, size_t index) {

@@ -55,18 +55,43 @@ static int gather_columns(const McAttention &c, int64_t b, int64_t g, Columns &c
 }
 
 // Columns [nq] of x [D][64] from rows of q; the last columns are zero.
-static void load_queries(const Prefill &p, const McTensor &q, int64_t b, int64_t h, int64_t t0, int nq,
-                         float *x, const float *key_scale) {
-    const McAttention &c = *p.c;
+static void load_queries(const McAttention &c, int64_t b, int64_t h, int64_t t0, int nq, float *x,
+                         const float *key_scale, float *rows) {
     int64_t D = c.D;
-    float *row = scratch.take<float>((size_t)D);
-    for (int64_t i = 0; i < D * QUERIES; i++) x[i] = 0;
-    for (int t = 0; t < nq; t++) {
-        widen_row(c.q_type, q.data, b * q.batch + h * q.head + (t0 + t) * q.token, D, row);
-        if (key_scale)
-            for (int64_t d = 0; d < D; d++) row[d] *= key_scale[d];
-        for (int64_t d = 0; d < D; d++) x[d * QUERIES + t] = row[d];
+    for (int t = 0; t < QUERIES; t += LANES) {
+        for (int i = 0; i < LANES; i++) {
+            float *row = rows + i * D;
+            if (t + i < nq) {
+                int64_t at = b * c.q.batch + h * c.q.head + (t0 + t + i) * c.q.token;
+                widen_row(c.q_type, c.q.data, at, D, row);
+                if (key_scale)
+                    for (int64_t d = 0; d < D; d++) row[d] *= key_scale[d];
+            } else
+                for (int64_t d = 0; d < D; d++) row[d] = 0;
+        }
+        int64_t d = 0;
+        for (; d + LANES <= D; d += LANES) {
+            Vf tile[LANES];
+            for (int i = 0; i < LANES; i++) tile[i] = load(rows + i * D + d);
+            transpose(tile);
+            for (int i = 0; i < LANES; i++) store(x + (d + i) * QUERIES + t, tile[i]);
+        }
+        for (; d < D; d++)
+            for (int i = 0; i < LANES; i++) x[d * QUERIES + t + i] = rows[i * D + d];
     }
+}
+
+// Rows [LANES][D] from the columns t .. t+LANES-1 of o [D][64].
+static void rows_of(const float *o, int t, int64_t D, float *rows) {
+    int64_t d = 0;
+    for (; d + LANES <= D; d += LANES) {
+        Vf tile[LANES];
+        for (int i = 0; i < LANES; i++) tile[i] = load(o + (d + i) * QUERIES + t);
+        transpose(tile);
+        for (int i = 0; i < LANES; i++) store(rows + i * D + d, tile[i]);
+    }
+    for (; d < D; d++)
+        for (int i = 0; i < LANES; i++) rows[i * D + d] = o[d * QUERIES + t + i];
 }
 
 #if defined(__AVX512BF16__)
@@ -177,7 +202,7 @@ static void prefill_task(void *data, size_t index) {
     float *shrink = scratch.take<float>(QUERIES);
     int32_t *at = scratch.take<int32_t>(QUERIES);
     const float *ks = c.k_scale ? c.k_scale + g * D : nullptr;
-    load_queries(p, c.q, b, h, t0, nq, x, ks);
+    load_queries(c, b, h, t0, nq, x, ks, k_tile);
 #if defined(__AVX512BF16__)
     uint32_t *x_pairs = scratch.take<uint32_t>(D / 2 * QUERIES);
     uint32_t *p_pairs = scratch.take<uint32_t>(MAX_TILE / 2 * QUERIES);
@@ -277,10 +302,11 @@ static void prefill_task(void *data, size_t index) {
     }
 
     const float *vs = c.v_scale ? c.v_scale + g * D : nullptr;
-    float *row = k_tile;
     for (int t = 0; t < nq; t++) {
+        float *row = k_tile + t % LANES * D;
+        if (t % LANES == 0) rows_of(o, t, D, k_tile);
         float by = l[t] > 0 ? 1.0f / l[t] : 0.0f;
-        for (int64_t d = 0; d < D; d++) row[d] = o[d * QUERIES + t] * by * (vs ? vs[d] : 1.0f);
+        for (int64_t d = 0; d < D; d++) row[d] *= vs ? by * vs[d] : by;
         narrow_row(c.q_type, row, D, c.out.data, b * c.out.batch + h * c.out.head + (t0 + t) * c.out.token);
         if (c.lse)
             c.lse[(b * c.H + h) * c.T + t0 + t] =

@@ -37,10 +37,12 @@ static void widen_rows(int32_t type, const void *data, int64_t at, int64_t step,
 }
 
 static void narrow_row(int32_t type, const float *x, int64_t D, void *data, int64_t at) {
-    for (int64_t d = 0; d < D; d++)
-        if (type == MC_F32) ((float *)data)[at + d] = x[d];
-        else if (type == MC_BF16) ((uint16_t *)data)[at + d] = to_bf16(x[d]);
-        else ((uint16_t *)data)[at + d] = to_f16(x[d]);
+    if (type == MC_F32)
+        for (int64_t d = 0; d < D; d++) ((float *)data)[at + d] = x[d];
+    else if (type == MC_BF16)
+        for (int64_t d = 0; d < D; d++) ((uint16_t *)data)[at + d] = to_bf16(x[d]);
+    else
+        for (int64_t d = 0; d < D; d++) ((uint16_t *)data)[at + d] = to_f16(x[d]);
 }
 
 // Each row of x [n][64] times its own factor.
