@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 FAST_TESTS ?= yes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models check format lint fast-tests test demo demo-short bench docs clean
+.PHONY: help setup models check format lint fast-tests test demo demo-short bench results-weights docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -65,6 +65,10 @@ demo-short: $(MODEL)  ## the demo at 1,024 tokens with a quick evaluation
 
 bench: $(MODEL)  ## the benchmark table (quiet machine, about an hour)
 	$(BIN)/python -m benchmarks
+
+results-weights: $(MODEL)  ## weights in fewer bits beside OpenVINO GenAI and onnxruntime-genai int4 (quiet machine, 15 minutes)
+	@$(PIP) -e '.[rivals]'
+	$(BIN)/python -m benchmarks.weights
 
 docs: $(READY)  ## write the generated pages of docs/ again
 	$(BIN)/python docs/generate.py
