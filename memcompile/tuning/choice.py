@@ -19,7 +19,8 @@ from memcompile.tuning.space import Candidate
 
 # a record of another length counts as long as it is within this factor
 NEAR: Final = 2.0
-# implementations are compared by sums of two races, so their gain has to be more than noise
+# implementations are compared by sums over two searches: one that won in neither has to stay out, and the
+# gain has to be more than noise
 IMPLEMENTATION_WORTH: Final = 1.05
 # chunks also decide how the rest of the model runs, which is not timed: attention has to gain this much
 CHUNK_WORTH: Final = 1.10
@@ -93,10 +94,11 @@ class Measured:
             if steps:
                 prefill, decode = _of(self.prefill, prompts), _of(self.decode, steps)
                 sums[name] = (self.prompt_seconds(prefill) + self.decode_seconds(decode), prefill, decode)
-        best = min(sums.values(), key=lambda found: found[0])
-        if default in sums and sums[default][0] < IMPLEMENTATION_WORTH * best[0]:
+        best = min(sums, key=lambda name: sums[name][0])
+        proven = best in (self.prefill.winner.implementation, self.decode.winner.implementation)
+        if default in sums and not (proven and sums[default][0] >= IMPLEMENTATION_WORTH * sums[best][0]):
             return sums[default]
-        return best
+        return sums[best]
 
     def default_seconds(self) -> float:
         return self.prompt_seconds(self.prefill.default) + self.decode_seconds(self.decode.default)

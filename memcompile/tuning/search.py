@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from memcompile.tuning.space import Candidate, Sizes, Space
-from memcompile.tuning.timing import Clock, Gain, Race, Run
+from memcompile.tuning.timing import HOPELESS, Clock, Gain, Race, Run
 
 EXHAUSTIVE: Final = 48
 SAMPLE: Final = 16
@@ -92,7 +92,8 @@ class Search:
             winner = self.space.default
         tried = len(race.runs) + len(self.refused)
         times = {c: tuple(race.times[c].values()) + tuple(duel.times.get(c, {}).values()) for c in race.times}
-        shares = {c: (duel if c in duel.times else race).share(c) for c in race.times}
+        # all from the race that all ran in; only the winner's is from the duel, like its gain
+        shares = {c: race.share(c) for c in race.times} | {winner: duel.share(winner)}
         return Found(
             winner, duel.gain(winner), times, shares, self.refused, len(everyone), tried == len(everyone)
         )
@@ -122,8 +123,10 @@ class Search:
         return self._admit(race, self.space.neighbours(race.ranking()[0], self.sizes)) > 0
 
     def _duel(self, race: Race, deadline: float) -> Race:
-        best = [c for c in race.ranking() if c != self.space.default][:DUELLISTS]
-        runs = {c: race.runs[c] for c in (self.space.default, *best)}
+        best = [c for c in race.ranking() if c != self.space.default]
+        # the other implementations send their best, so that none is chosen without a duel
+        sent = {c.implementation: c for c in reversed(best) if race.share(c) <= HOPELESS}
+        runs = {c: race.runs[c] for c in (self.space.default, *best[:DUELLISTS], *sent.values())}
         duel = Race(runs, self.calls, clock=self.clock, seed=self.settings.seed + 1)
         for done in range(DUEL_ROUNDS):
             self.update(self.settings.rounds + done, self.settings.rounds + DUEL_ROUNDS)

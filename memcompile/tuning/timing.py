@@ -20,11 +20,15 @@ Run = Callable[[], None]
 
 # a turn lasts about so long: several calls of a fast candidate, one of a slow one
 TURN_SECONDS: Final = 0.03
+# two calls, so that one of them is not the first after somebody else's; a long one is not worth it
 LEAST_CALLS: Final = 2
+LONG_SECONDS: Final = 0.15
 MOST_CALLS: Final = 200
 # a candidate so much slower than the best after the first rounds is not called again
 HOPELESS: Final = 1.4
 FIRST_ROUNDS: Final = 3
+# one that is so much slower is not called a second time
+ABSURD: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +115,8 @@ class Race:
 
     def _hopeful(self, candidate: Candidate, best: float) -> bool:
         timed = len(self.times.get(candidate, ()))
-        return timed < FIRST_ROUNDS or self.share(candidate) <= HOPELESS * best
+        factor = ABSURD if timed < FIRST_ROUNDS else HOPELESS
+        return not timed or self.share(candidate) <= factor * best
 
     def _turn(self, run: Run) -> float:
         started = self.clock()
@@ -121,6 +126,7 @@ class Race:
             run()
             after = self.clock()
             least, calls = min(least, after - before), calls + 1
-            if calls >= LEAST_CALLS and after - started >= TURN_SECONDS:
+            enough = after - before >= LONG_SECONDS or calls >= LEAST_CALLS
+            if enough and after - started >= TURN_SECONDS:
                 break
         return least

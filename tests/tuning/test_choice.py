@@ -159,3 +159,10 @@ def test_a_decision_names_the_regions_that_share_it(database: Database) -> None:
             "decision": "kernels key_tile=32, 2.00x as fast as the default over the workload",
         },
     )
+
+
+def test_an_implementation_that_won_no_race_is_not_chosen(database: Database) -> None:
+    default = ours(key_tile=0, chunk=512)
+    store(database, PREFILL, {default: 1.0, runtime(chunk=512): 0.7}, winner=default)
+    store(database, DECODE, {ours(splits=0): 0.001, runtime(): 0.001})
+    assert chosen(database).regions["0"].implementation == "kernels"

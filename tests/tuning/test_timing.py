@@ -8,8 +8,9 @@ from memcompile.tuning import Candidate
 from memcompile.tuning.timing import FIRST_ROUNDS, Gain, Race
 from tests.tuning.machines import TWO, Machine
 
-SLOW, FAST, HOPELESS = TWO.default, Candidate("theirs"), Candidate("ours", (("tile", 2), ("chunk", 8)))
-COSTS = {SLOW: 0.2, FAST: 0.1, HOPELESS: 0.9}
+SLOW, FAST = TWO.default, Candidate("theirs")
+BEHIND, ABSURD = (Candidate("ours", (("tile", 2), ("chunk", chunk))) for chunk in (4, 8))
+COSTS = {SLOW: 0.2, FAST: 0.1, BEHIND: 0.25, ABSURD: 0.9}
 
 
 def race(machine: Machine, seed: int = 0) -> Race:
@@ -22,9 +23,10 @@ def test_candidates_take_turns_and_the_default_runs_in_every_round() -> None:
     found.run(6, deadline=1e9)
     assert found.rounds == 6
     assert list(found.times[SLOW]) == list(range(6))
-    # whoever is far behind after the first rounds is not called again
-    assert list(found.times[HOPELESS]) == list(range(FIRST_ROUNDS))
-    assert found.ranking() == [FAST, SLOW, HOPELESS]
+    # whoever is far behind after the first rounds is not called again, whoever is absurd is called once
+    assert list(found.times[BEHIND]) == list(range(FIRST_ROUNDS))
+    assert list(found.times[ABSURD]) == [0]
+    assert found.ranking() == [FAST, SLOW, BEHIND, ABSURD]
 
 
 def test_the_order_of_a_round_depends_on_the_seed_alone() -> None:
