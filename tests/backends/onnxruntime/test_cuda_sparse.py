@@ -119,7 +119,7 @@ def test_block_lists_refuse_the_future() -> None:
 @pytest.mark.parametrize(
     ("name", "dtype", "block", "reason"),
     [
-        ("int8", "float16", 64, "takes no quantised cache"),
+        ("int8 window", "float16", 64, "takes no quantised cache"),
         ("sinks", "float16", 64, "takes no window beside its blocks"),
         ("dense", "float32", 64, "is for float16 and bfloat16"),
         ("dense", "float16", 64, "heads 128 wide and blocks of 64 tokens, not 16 and 64"),

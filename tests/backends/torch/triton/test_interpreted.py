@@ -33,7 +33,7 @@ OPERATOR = [
     "operator: patterns",
     "operator: patterns over int8",
     "operator: patterns under a mask",
-    "operator: patterns from 201 keys on",
+    "operator: patterns from 131 keys on",
 ]
 
 
