@@ -11,11 +11,14 @@ import torch
 from pydantic import Field, field_validator
 from torch import fx
 
+from memcompile.calibrate.collect import Calibration, CalibrationData
 from memcompile.dialect import Cost
 from memcompile.dialect.quantized_embedding import quantized_embedding_cost
 from memcompile.dialect.quantized_linear import quantized_linear_cost
 from memcompile.dialect.quantized_weights import QuantizedWeight
 from memcompile.errors import MemcompileError
+from memcompile.passes.weights.calibrated import calibrate_gptq, calibrated_weight
+from memcompile.progress import Progress
 from memcompile.regions import Refusal, WeightRegion, weight_regions
 from memcompile.rewrite.emit import Emit
 from memcompile.rewrite.entry import Workload
@@ -36,8 +39,9 @@ class WeightsConfig(PassConfig):
         description="what a block has besides its scale: nothing (codes are symmetric), the code that stands "
         "for zero, or the float it is shifted by (exact, but read by a second, small product)",
     )
-    method: Literal["rtn", "hqq"] = Field(
-        default="rtn", description="round to nearest, or half-quadratic quantisation; neither needs data"
+    method: Literal["rtn", "hqq", "gptq"] = Field(
+        default="rtn",
+        description="round to nearest, half-quadratic quantisation (neither needs data), or GPTQ, which does",
     )
     activations: Literal["int8", "float"] = Field(
         default="int8",
@@ -82,14 +86,14 @@ class QuantizeWeights(Pass[WeightRegion, WeightsConfig, WeightsFacts]):
 
     Rewrites:  linear layers, the product that gives the logits, and the embedding of tokens. `layers` narrows
                it to layers (head and embedding are outside of all), `modules` to module paths.
-    Needs:     nothing: both methods look at the weights alone.
+    Needs:     calibration text for method gptq; rtn and hqq look at the weights alone.
     Refuses:   weights that are computed at run time, weights already quantised.
     Loses:     at most half a step a weight: 0.4% of a block's largest magnitude at 8 bits, 7% at 4 bits;
                int8 activations lose another 0.4% of a block's largest input.
     Costs:     a float32 scale a block (1 bit a weight at 32), and as much again with float zero points; saves
                3/4 of float32 weights at 8 bits, 27/32 at 4 (block 32). Decoding reads that much less.
     Identity:  bits none.
-    Presets:   int8, int4, int4_hqq: as ONNX Runtime's MatMulNBits reads them
+    Presets:   int8, int4, int4_hqq, int4_gptq: as ONNX Runtime's MatMulNBits reads them
     """
 
     name: ClassVar[str] = "weights.quantize"
@@ -116,7 +120,34 @@ class QuantizeWeights(Pass[WeightRegion, WeightsConfig, WeightsFacts]):
             "Four bits a weight, scales fitted to a p-norm of the error. The original fits float zero "
             "points; the runtime has a fast kernel for integer ones only, so the scale is fitted instead.",
         ),
+        "int4_gptq": Preset(
+            {"bits": 4, "block_size": 32, "zero_point": "integer", "method": "gptq"},
+            "Frantar et al. 2023, GPTQ, arXiv:2210.17323; the blocks of ONNX Runtime's MatMulNBits",
+            "Four bits a weight, rounded column by column so that later columns make up for the error on "
+            "calibration text. Columns keep their order; a tied head shares the rounded embedding.",
+        ),
     }
+
+    def needs_calibration(self, config: WeightsConfig) -> bool:
+        return config.bits is not None and config.method == "gptq"
+
+    def calibrate(
+        self,
+        graph_module: fx.GraphModule,
+        regions: Sequence[WeightRegion],
+        config: WeightsConfig,
+        data: CalibrationData,
+        progress: Progress,
+    ) -> Calibration:
+        return calibrate_gptq(
+            graph_module,
+            regions,
+            bits=config.bits or 8,
+            block=config.block_size,
+            zero_point=config.zero_point,
+            data=data,
+            progress=progress,
+        )
 
     def identity(self) -> WeightsConfig:
         return WeightsConfig(bits=None)
@@ -233,9 +264,13 @@ def _shared(graph_module: fx.GraphModule, stored: tuple[object, ...]) -> tuple[A
 def _store(region: WeightRegion, facts: WeightsFacts, emit: Emit) -> tuple[fx.Node | None, ...]:
     weight = region.stored
     assert weight is not None
-    found = quantize(
-        weight, bits=facts.bits, block=facts.block, zero_point=facts.zero_point, method=facts.method
-    )
+    found = calibrated_weight(emit.statistics, facts.bits, region.width)
+    if found is None:
+        # a table of rows multiplies nothing, so that GPTQ has no data for it: it is rounded
+        method = "rtn" if facts.method == "gptq" else facts.method
+        found = quantize(
+            weight, bits=facts.bits, block=facts.block, zero_point=facts.zero_point, method=method
+        )
     return store_buffers(found, region, emit)
 
 

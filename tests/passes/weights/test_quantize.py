@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from memcompile.passes.weights.quantize import WeightsConfig
 from memcompile.regions import weight_regions
 from memcompile.rewrite.manager import RewriteResult, apply
 from tests.models import captured_tiny, example_inputs
-from tests.rewrite.tiny import entry, prompts, run, tiny_graph
+from tests.rewrite.tiny import calibration, entry, prompts, run, tiny_graph
 
 LINEAR = torch.ops.memcompile.quantized_linear.default
 EMBEDDING = torch.ops.memcompile.quantized_embedding.default
@@ -202,3 +203,43 @@ def test_none_may_be_written_as_a_word() -> None:
 def test_refuses_a_setting(values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         WeightsConfig(**values)
+
+
+def loss_of(method: str, folder: Path) -> float:
+    """The mean squared change of logits by 4-bit weights, on other tokens than those of the calibration."""
+    rows = prompts(60, 60)
+    want = torch.cat(run(tiny_graph(head_dim=16), rows))
+    graph = tiny_graph(head_dim=16)
+    config = {"bits": 4, "zero_point": "integer", "method": method, "activations": "float"}
+    # the table is rounded whatever the method: it would only blur the comparison
+    result = apply(
+        graph,
+        [entry("weights.quantize", embedding=False, **config)],
+        calibration=calibration(folder, tokens=2048, window=64),
+    )
+    assert len(result.outcomes[0].rewritten) == 13
+    return float((torch.cat(run(graph, rows)) - want).pow(2).mean())
+
+
+def test_gptq_loses_less_than_rounding(tmp_path: Path) -> None:
+    assert loss_of("gptq", tmp_path) < 0.9 * loss_of("rtn", tmp_path)
+
+
+def test_gptq_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from memcompile.passes.weights import calibrated
+
+    first, second = tiny_graph(), tiny_graph()
+    entries = [entry("weights.quantize", bits=4, method="gptq")]
+    apply(first, entries, calibration=calibration(tmp_path))
+    monkeypatch.setattr(calibrated, "sweep", None)
+    result = apply(second, entries, calibration=calibration(tmp_path))
+    for (name, one), (_, other) in zip(first.named_buffers(), second.named_buffers(), strict=True):
+        assert torch.equal(one, other), name
+    (found,) = result.calibrations.values()
+    # the embedding is rounded: it has no product to calibrate
+    assert len(found["regions"]) == 13
+
+
+def test_gptq_without_text_is_an_error() -> None:
+    with pytest.raises(MemcompileError, match=r"MC107 data\.calibration: weights\.quantize needs it"):
+        quantized(tiny_graph(), method="gptq")
