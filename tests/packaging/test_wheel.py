@@ -39,7 +39,8 @@ def test_the_wheel_carries_licence_readme_and_command(wheel: Path, repository: P
 
 def test_the_extras_are_the_documented_ones_and_the_core_does_not_include_torch(wheel: Path) -> None:
     metadata = metadata_of(wheel)
-    assert set(metadata.get_all("Provides-Extra", [])) == {"compile", "cpu", "gpu", "tvm", "dev"}
+    extras = {"compile", "cpu", "dev", "gpu", "rivals", "triton", "tvm"}
+    assert set(metadata.get_all("Provides-Extra", [])) == extras
     core = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert core
     heavy = ("torch", "transformers", "onnx", "accelerate", "tvm")

@@ -52,7 +52,7 @@ def product(a, b, WIDE: tl.constexpr):
     """a @ b, summed in float32. WIDE widens the operands first, which changes no product of half types.
 
     float32 goes through the matrix units as three tf32 products ("tf32x3"): one has 11 of float32's 24 bits,
-    and plain multiplication ("ieee") is unrolled into more registers than there are and spills up to 24 KB a
+    and plain multiplication ("ieee") is unrolled into more registers than there are and spills kilobytes a
     thread.
     """
     if WIDE:
