@@ -235,7 +235,7 @@ def _print_table(console: Console, records: Iterable[Record], *, device: bool = 
             _seconds(record.estimate(record.default)),
             "the default" if same else str(record.winner),
             "" if same else _seconds(record.estimate(record.winner)),
-            "" if same else f"{record.gain.best:.2f}x",
+            "" if same else f"{record.gain.safe:.2f}x",
             "" if same else f"{record.gain.low:.2f}-{record.gain.high:.2f}",
         ]
         table.add_row(*(escape(cell) for cell in cells))

@@ -91,9 +91,21 @@ class Problem:
         rows = f", {self.batch} rows" if self.batch > 1 else ""
         return f"{self.operator.partition('.')[2]} {self.tokens:,}: {self.shape}{rows}"
 
-    def calls(self, candidate: Candidate) -> float:
-        """Calls that the whole prompt takes, or 1."""
-        return self.tokens / self.chunk(candidate) if self.operator == PREFILL else 1.0
+    def repeats(self, candidate: Candidate) -> int:
+        """Calls of one run: as many tokens for every chunk.
+
+        On a busy machine a call longer than the scheduler's time slice is always interrupted, a shorter one
+        is not: calls of different length could not be compared.
+        """
+        if self.operator != PREFILL:
+            return 1
+        return max(1, min(max(CHUNKS), self.tokens) // self.chunk(candidate))
+
+    def runs(self, candidate: Candidate) -> float:
+        """Runs that the whole prompt takes, or 1."""
+        if self.operator != PREFILL:
+            return 1.0
+        return self.tokens / (self.chunk(candidate) * self.repeats(candidate))
 
     def chunk(self, candidate: Candidate) -> int:
         """Query tokens of one call."""

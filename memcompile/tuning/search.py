@@ -68,7 +68,7 @@ class Search:
     sizes: Sizes
     prepare: Prepare
     settings: Settings = field(default_factory=Settings)
-    calls: Callable[[Candidate], float] = lambda candidate: 1.0
+    work: Callable[[Candidate], float] = lambda candidate: 1.0
     clock: Clock = time.perf_counter
     update: Callable[[int, int], None] = lambda done, total: None
     refused: dict[Candidate, str] = field(default_factory=dict)
@@ -79,7 +79,7 @@ class Search:
         race_ends = begin + self.settings.seconds * RACE_SHARE
         everyone = self.space.candidates(self.sizes)
         small = len(everyone) <= self.settings.exhaustive
-        race = Race({}, self.calls, clock=self.clock, seed=self.settings.seed)
+        race = Race({}, self.work, clock=self.clock, seed=self.settings.seed)
         self._admit(race, everyone if small else self._sampled(everyone))
         for done in range(self.settings.rounds):
             self.update(done, self.settings.rounds + DUEL_ROUNDS)
@@ -93,7 +93,7 @@ class Search:
         tried = len(race.runs) + len(self.refused)
         times = {c: tuple(race.times[c].values()) + tuple(duel.times.get(c, {}).values()) for c in race.times}
         # all from the race that all ran in; only the winner's is from the duel, like its gain
-        shares = {c: race.share(c) for c in race.times} | {winner: duel.share(winner)}
+        shares = {c: race.share(c) for c in race.times} | {winner: 1 / duel.gain(winner).safe}
         return Found(
             winner, duel.gain(winner), times, shares, self.refused, len(everyone), tried == len(everyone)
         )
@@ -127,7 +127,7 @@ class Search:
         # the other implementations send their best, so that none is chosen without a duel
         sent = {c.implementation: c for c in reversed(best) if race.share(c) <= HOPELESS}
         runs = {c: race.runs[c] for c in (self.space.default, *best[:DUELLISTS], *sent.values())}
-        duel = Race(runs, self.calls, clock=self.clock, seed=self.settings.seed + 1)
+        duel = Race(runs, self.work, clock=self.clock, seed=self.settings.seed + 1)
         for done in range(DUEL_ROUNDS):
             self.update(self.settings.rounds + done, self.settings.rounds + DUEL_ROUNDS)
             duel.run(1, deadline, LEAST_DUEL_ROUNDS)

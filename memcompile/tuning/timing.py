@@ -55,8 +55,13 @@ class Gain:
         return cls(best, median, low, high)
 
     def worth(self, factor: float) -> bool:
-        """Whether the least times and most rounds agree that it is faster by `factor`."""
-        return self.best >= factor and self.median >= factor
+        """Whether the least times, the median and three quarters of the rounds agree that it is faster."""
+        return self.safe >= factor and self.low >= 1.0
+
+    @property
+    def safe(self) -> float:
+        """The smaller of the two estimates: what is claimed."""
+        return min(self.best, self.median)
 
     def as_dict(self) -> dict[str, float]:
         return {name: round(getattr(self, name), 4) for name in ("best", "median", "low", "high")}
@@ -67,8 +72,8 @@ class Race:
     """Candidates and the seconds each took, by round. The first candidate is the default."""
 
     runs: dict[Candidate, Run]
-    # a candidate's calls that do the same work: seconds are counted for all of them
-    calls: Callable[[Candidate], float] = lambda candidate: 1.0
+    # how many runs of a candidate do the whole work: seconds are counted for all of them
+    work: Callable[[Candidate], float] = lambda candidate: 1.0
     clock: Clock = time.perf_counter
     seed: int = 0
     times: dict[Candidate, dict[int, float]] = field(default_factory=dict)
@@ -88,7 +93,7 @@ class Race:
             # no candidate always runs after the same other
             shuffled.shuffle(order)
             for candidate in order:
-                seconds = self._turn(self.runs[candidate]) * self.calls(candidate)
+                seconds = self._turn(self.runs[candidate]) * self.work(candidate)
                 self.times.setdefault(candidate, {})[self.rounds] = seconds
             self.rounds += 1
 

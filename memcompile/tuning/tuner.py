@@ -127,7 +127,7 @@ def _search(
     task: Task, key: Key, settings: Settings, update: Callable[[int, int], None], clock: Clock
 ) -> Record:
     prepare = Twin(task).prepare
-    search = Search(task.space, key.sizes, prepare, settings, task.problem.calls, clock, update)
+    search = Search(task.space, key.sizes, prepare, settings, task.problem.runs, clock, update)
     try:
         found = search.run()
     except ValueError as error:
@@ -159,7 +159,7 @@ class Twin:
             if not np.isfinite(got).all():
                 return "its output is not finite"
             self.expected = got
-            return opened.run
+            return self._repeated(candidate, opened.run)
         if got.shape != self.expected.shape:
             return f"its output is {got.shape}, the default's {self.expected.shape}"
         error_ = float(np.abs(got - self.expected).max() / max(float(np.abs(self.expected).max()), 1e-30))
@@ -168,4 +168,13 @@ class Twin:
             return (
                 f"its output differs from the default's by {error_:.1e}, {self.task.tolerance:.0e} is allowed"
             )
-        return opened.run
+        return self._repeated(candidate, opened.run)
+
+    def _repeated(self, candidate: Candidate, run: Run) -> Run:
+        times = self.task.problem.repeats(candidate)
+
+        def repeated() -> None:
+            for _ in range(times):
+                run()
+
+        return repeated

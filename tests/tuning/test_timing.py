@@ -75,3 +75,10 @@ def test_one_lucky_round_is_not_worth_a_change() -> None:
     gain = Gain.of({0: 1.0, 1: 1.0, 2: 1.0}, {0: 0.5, 1: 1.1, 2: 1.1})
     assert gain.best == 2.0
     assert not gain.worth(1.02)
+
+
+def test_what_a_quarter_of_the_rounds_contradicts_is_not_worth_a_change() -> None:
+    gain = Gain.of(dict.fromkeys(range(5), 1.0), {0: 0.7, 1: 0.7, 2: 0.7, 3: 1.2, 4: 1.2})
+    assert gain.safe == pytest.approx(1 / 0.7)
+    assert gain.low < 1
+    assert not gain.worth(1.02)

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from memcompile.errors import MemcompileError
-from memcompile.tuning import Candidate, Database, Problem, Shape, Space, make_task, tune
+from memcompile.tuning import Candidate, Database, Parameter, Problem, Shape, Space, make_task, tune
 from tests.tuning.machines import TWO, Machine, distance_to
 
 SHAPE = Shape(4, 2, 16)
@@ -121,3 +121,25 @@ def test_a_default_that_is_not_finite_is_an_error(machine: Machine, database: Da
 def test_a_backend_without_choices_is_an_error() -> None:
     with pytest.raises(MemcompileError, match="MC112 backend 'tvn' has nothing to tune"):
         make_task("tvn", Problem("attention.decode", SHAPE, 64), threads=1, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chunk", "repeats"), [(2048, 256, 4), (2048, 1024, 1), (600, 256, 2), (70, 512, 1)]
+)
+def test_a_run_does_the_same_work_whatever_the_chunk(tokens: int, chunk: int, repeats: int) -> None:
+    problem = Problem("attention.prefill", SHAPE, tokens)
+    candidate = Candidate("ours", (("chunk", chunk),))
+    assert problem.repeats(candidate) == repeats
+    assert problem.runs(candidate) * repeats * min(chunk, tokens) == tokens
+
+
+def test_a_candidate_is_run_as_often_as_the_work_takes(database: Database) -> None:
+    machine = Machine(lambda c: 0.02)
+    space = Space("attention.prefill", {"ours": (Parameter("chunk", (256, 1024), 1024),)})
+    toy = Toy(machine, Problem("attention.prefill", SHAPE, 2048), space=space)
+    (record,) = tune([toy], database, seconds=100, clock=machine.clock).records
+    # a call of either takes as long, and the small chunk needs four times as many
+    assert record.winner == space.default
+    small = Candidate("ours", (("chunk", 256),))
+    assert record.shares[small] == pytest.approx(4.0)
+    assert record.seconds[small] == pytest.approx((0.16,))
