@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import torch
-
 from memcompile.artifact.manifest import FunctionEntry, GroupEntry, PrefillEntry, StateEntry
 from memcompile.backends.tvm.interface import step_interface
-from memcompile.backends.tvm.trace import trace, weights_of
-from memcompile.backends.tvm.weights import WEIGHTS, write_weights
+from memcompile.backends.tvm.trace import trace
+from memcompile.backends.tvm.weights import WEIGHTS, Weight, weights_of, write_weights
 from memcompile.errors import MemcompileError
 from memcompile.lowering import Lowered, Progress, inline_higher_order
 from memcompile.lowering.interface import forward_interface, step_sizes
@@ -76,7 +74,7 @@ class _Work:
 
     def __init__(self, file: str, device: str) -> None:
         self.functions: dict[str, FunctionEntry] = {}
-        self.weights: dict[str, torch.Tensor] = {}
+        self.weights: dict[str, Weight] = {}
         self.order: dict[str, list[str]] = {}
         self._file = file
         self._device = device
@@ -108,7 +106,7 @@ class _Work:
 
         lowered = lower_compress(program, step_interface(program), self._file, self._device)
         self._modules.append(lowered.module)
-        self._enter(COMPRESS, lowered.entry, lowered.weights)
+        self._enter(COMPRESS, lowered.entry, {n: Weight.of(w) for n, w in lowered.weights.items()})
 
     def module(self) -> tvm.IRModule:
         """Everything in one module."""
@@ -118,7 +116,7 @@ class _Work:
                 whole[variable] = function
         return whole
 
-    def _enter(self, name: str, entry: FunctionEntry, weights: dict[str, torch.Tensor]) -> None:
+    def _enter(self, name: str, entry: FunctionEntry, weights: dict[str, Weight]) -> None:
         self.functions[name] = entry
         self.order[name] = list(weights)
         self.weights |= weights

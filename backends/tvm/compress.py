@@ -11,7 +11,7 @@ from tvm import relax
 
 from memcompile.artifact.manifest import FunctionEntry, StateEntry, TensorEntry
 from memcompile.backends.tvm.convert import to_relax
-from memcompile.backends.tvm.trace import DTYPES
+from memcompile.backends.tvm.weights import DTYPES
 from memcompile.lowering.interface import BATCH, StepInterface, cache_tensors
 from memcompile.program import PositionGroup, Program, StateSpec
 from memcompile.program.compress import EvictState

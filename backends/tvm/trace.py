@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -12,7 +12,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from memcompile.artifact.manifest import TensorEntry
 from memcompile.backends.tvm import operators  # noqa: F401  (register)
+from memcompile.backends.tvm.weights import DTYPES, Weight, code_key
 from memcompile.dialect import DIALECT
+from memcompile.dialect.quantized_linear import rounded_activations
+from memcompile.dialect.quantized_weights import block_of
 from memcompile.errors import MemcompileError
 from memcompile.lowering import DefinitionInterpreter
 from memcompile.regions import argument
@@ -21,40 +24,19 @@ aten: Any = torch.ops.aten
 ours: Any = torch.ops.memcompile_tvm
 # dialect operators that TVM has an operator of its own for
 KEPT: Final = ("rms_norm",)
-DTYPES: Final[dict[str, torch.dtype]] = {
-    "float32": torch.float32, "int64": torch.int64, "int32": torch.int32, "int8": torch.int8,
-    "uint8": torch.uint8, "bool": torch.bool,
-}  # fmt: skip
 _ATTENTION_TENSORS: Final = ("q", "k", "v", "past_k", "past_v", "positions", "k_scale", "v_scale")
 _ATTENTION_FACTS: Final = ("scale", "causal", "window", "sinks", "block", "stride", "softcap", "bits")
-
-
-def weights_of(graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
-    """The tensors that a graph reads, by name; a tensor with two names comes once."""
-    found: dict[str, torch.Tensor] = {}
-    seen: dict[int, str] = {}
-    for node in graph_module.graph.nodes:
-        if node.op != "get_attr":
-            continue
-        value = _attribute(graph_module, str(node.target))
-        if isinstance(value, torch.Tensor) and seen.setdefault(id(value), str(node.target)) == node.target:
-            found[str(node.target)] = value
-    return found
-
-
-def stored_dtype(tensor: torch.Tensor) -> str:
-    """The type a weight has in the artifact: float types are float32, whatever the model's."""
-    return "float32" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
 
 
 class Tracer(DefinitionInterpreter):
     """Interprets a graph with operators that TVM has kernels for; computes in float32.
 
-    `first_slots` maps a position table's name to the slots of the first new token, int64 [B].
+    `weights` are the traced values by their keys.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, weights: Mapping[int, torch.Tensor]) -> None:
+    def __init__(self, graph_module: fx.GraphModule, weights: Mapping[Hashable, torch.Tensor]) -> None:
         super().__init__(graph_module)
+        self._source = graph_module
         kept = {DIALECT[name].target for name in KEPT}
         self.definitions = {t: d for t, d in self.definitions.items() if t not in kept}
         self._weights = weights
@@ -67,6 +49,9 @@ class Tracer(DefinitionInterpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.target is torch.ops.memcompile.attention.default and argument(n, "past_k") is not None:
             return self._attention(n)
+        key = code_key(self._source, n)
+        if key is not None:
+            return self._quantized(n, self._weights[key])
         return super().run_node(n)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -76,6 +61,15 @@ class Tracer(DefinitionInterpreter):
         if target is aten.addmm.default and not kwargs:
             return _linear(args[1], args[2].t(), args[0])
         return super().call_function(target, args, kwargs)
+
+    def _quantized(self, node: fx.Node, weight: torch.Tensor) -> torch.Tensor:
+        """A layer whose codes became float32 when the weights were written."""
+        if node.target is torch.ops.memcompile.quantized_embedding.default:
+            return torch.nn.functional.embedding(self.env[argument(node, "indices")], weight)
+        x, bias = self.env[argument(node, "x")], argument(node, "bias")
+        if argument(node, "int8_activations"):
+            x = rounded_activations(x, block_of(self.env[argument(node, "codes")], argument(node, "bits")))
+        return _linear(x, weight, None if bias is None else self.env[bias])
 
     def _attention(self, node: fx.Node) -> Any:
         schema = node.target._schema.arguments  # type: ignore[union-attr]
@@ -111,13 +105,6 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     return out if bias is None else out + bias
 
 
-def _attribute(module: torch.nn.Module, name: str) -> Any:
-    value: Any = module
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
-
-
 def _widen(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return torch.float32 if value.is_floating_point else value
@@ -127,10 +114,10 @@ def _widen(value: Any) -> Any:
 
 
 class _Traced(torch.nn.Module):
-    def __init__(self, graph_module: fx.GraphModule, weights: Sequence[torch.Tensor], inputs: int) -> None:
+    def __init__(self, graph_module: fx.GraphModule, weights: Sequence[Weight], inputs: int) -> None:
         super().__init__()
         self._held = [graph_module]  # in a list: its parameters are not this module's
-        self._keys = [id(w) for w in weights]
+        self._keys = [weight.key for weight in weights]
         self._inputs = inputs
 
     def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -145,7 +132,7 @@ def trace(
     graph_module: fx.GraphModule,
     inputs: Sequence[TensorEntry],
     sizes: Mapping[str, int],
-    weights: Mapping[str, torch.Tensor],
+    weights: Mapping[str, Weight],
 ) -> torch.export.ExportedProgram:
     """The exported program of a graph over `inputs` and then `weights`; no tensor is copied.
 
@@ -157,7 +144,7 @@ def trace(
             torch.empty([d if isinstance(d, int) else sizes[d] for d in e.dims], dtype=DTYPES[e.dtype])
             for e in inputs
         ]
-        examples += [torch.empty(w.shape, dtype=DTYPES[stored_dtype(w)]) for w in weights.values()]
+        examples += [torch.empty(w.shape, dtype=DTYPES[w.dtype]) for w in weights.values()]
     dynamic: list[dict[int, Any]] = [
         {axis: torch.export.Dim.DYNAMIC for axis, dim in enumerate(entry.dims) if isinstance(dim, str)}
         for entry in inputs

@@ -45,7 +45,8 @@ def test_attention_with_a_mask_of_its_own_is_refused(tmp_path: Path) -> None:
     import torch
     from torch import fx
 
-    from memcompile.backends.tvm.trace import trace, weights_of
+    from memcompile.backends.tvm.trace import trace
+    from memcompile.backends.tvm.weights import weights_of
 
     graph = fx.Graph()
     q, past, positions, mask = (graph.placeholder(n) for n in ("q", "past", "positions", "mask"))

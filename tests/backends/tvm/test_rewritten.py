@@ -24,6 +24,8 @@ PLANS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "evict": [("kv.evict", {"keep_tokens": 40, "observe_tokens": 16})],
     "evict by norm": [("kv.evict", {"score": "key_norm", "keep_fraction": 0.5})],
     "int4": [("kv.quantize", {"bits": 4})],
+    "weights": [("weights.quantize", {"bits": 4, "activations": "float"})],
+    "weights and activations": [("weights.quantize", {"bits": 4})],
     "all three": [
         ("attention.static", {"window_tokens": 8, "sink_tokens": 2, "layers": "every 2"}),
         ("kv.evict", {"keep_tokens": 40, "observe_tokens": 16}),
@@ -31,7 +33,7 @@ PLANS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
 }
 # a value that lies between two codes may round to the other one
-TOLERANCE = {"int4": 5e-2, "all three": 5e-3}
+TOLERANCE = {"int4": 5e-2, "weights and activations": 5e-3, "all three": 5e-3}
 
 
 @pytest.mark.parametrize("name", PLANS)

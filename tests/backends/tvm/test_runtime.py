@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from memcompile.backends.tvm.weights import write_weights
+from memcompile.backends.tvm.weights import Weight, write_weights
 from memcompile.errors import MemcompileError
 from memcompile.runtime import load
 from memcompile.runtime.tvm_weights import open_weights
@@ -113,7 +113,7 @@ def test_weights_are_mapped_aligned_and_whole(tmp_path: Path) -> None:
         "transposed": torch.randn(8, 16).t(),
     }
     path = tmp_path / "weights.safetensors"
-    write_weights(path, tensors, {"step": ["large", "odd"]})
+    write_weights(path, {n: Weight.of(t) for n, t in tensors.items()}, {"step": ["large", "odd"]})
     weights = open_weights(path)
     assert [w.shape for w in weights.of("step")] == [(16, 16), (3,)]
     assert weights.of("other") == []
