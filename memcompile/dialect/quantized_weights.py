@@ -63,7 +63,8 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """The first `count` codes of `packed` along its last axis, uint8."""
     if bits == 8:
         return packed[..., :count]
-    halves = torch.stack((packed & 15, packed >> 4), dim=-1)
+    # a division, and not a shift: every backend that traces this definition has it
+    halves = torch.stack((packed & 15, packed // 16), dim=-1)
     return halves.flatten(-2)[..., :count]
 
 
