@@ -4,6 +4,7 @@ Every reading is a process of its own; the sides take turns, so that what else t
 of them. Ratios are of readings taken in the same turn.
 
     python -m benchmarks.weights [--json] [--model FILE.gguf] [--prompt 2048] [--repeats 3] [--sides ...]
+    [--folder FOLDER]    keep the artifacts here, and build only those that are missing
 
 OpenVINO GenAI is measured when the package openvino-genai is installed; it reads the same GGUF file. Quality
 is measured of our own artifacts only: the other two give no logits for a given text.
@@ -188,14 +189,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         sides.remove("openvino")
     found: dict[str, Any] = {"quality": {}, "weight_bytes": {}, "readings": []}
     with tempfile.TemporaryDirectory(prefix="memcompile-weights-") as name:
-        folder = Path(name)
-        kept = folder / "log-probabilities"
+        kept, folder = Path(name) / "log-probabilities", options.folder or Path(name)
         kept.mkdir()
+        folder.mkdir(parents=True, exist_ok=True)
         artifacts = {side: folder / side for side in sides}
         for side, artifact in artifacts.items():
-            print(f"build {side}", file=sys.stderr)
             arguments = ["--side", side, "--model", options.model, "--artifact", str(artifact)]
-            if side != "openvino":
+            if side != "openvino" and not artifact.exists():
+                print(f"build {side}", file=sys.stderr)
                 in_own_process(["--do", "build", *arguments], options.threads)
             found["weight_bytes"][side] = weight_bytes(side, artifact, options.model)
             if side not in RIVALS:
@@ -311,6 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--windows", type=int, default=8, help=f"windows of {WINDOW_TOKENS} tokens to score")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--folder", type=Path, help="keep artifacts here; those that are there are not built")
     parser.add_argument("--json", action="store_true", help="print everything that was measured as JSON")
     parser.add_argument("--do", choices=("build", "quality", "read"), help=argparse.SUPPRESS)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
