@@ -196,9 +196,13 @@ def _list(output: Output, database: Database) -> None:
         output.emit({"database": str(database.path), "records": [record.as_dict() for record in records]})
         return
     console = output.console()
-    if records:
-        _print_table(console, records, device=True)
-    else:
+    places: dict[str, list[Record]] = {}
+    for record in records:
+        places.setdefault(_place(record), []).append(record)
+    for place, group in places.items():
+        console.print(place, markup=False)
+        _print_table(console, group)
+    if not records:
         console.print("nothing was tuned yet", markup=False)
     console.print(f"database: {database.path}", markup=False, soft_wrap=True)
 
@@ -211,7 +215,15 @@ def _clear(output: Output, database: Database) -> None:
         output.console().print(f"forgot {count} results of {database.path}", markup=False, soft_wrap=True)
 
 
-def _print_table(console: Console, records: Iterable[Record], *, device: bool = False) -> None:
+def _place(record: Record) -> str:
+    """What a record was measured on, and with."""
+    device = record.key.device
+    threads = "1 thread" if device["threads"] == 1 else f"{device['threads']} threads"
+    with_ = ", ".join(f"{name} {version}" for name, version in record.key.versions.items())
+    return f"{record.key.backend} {record.key.dtype} on {device['cpu']} ({device['isa']}), {threads}; {with_}"
+
+
+def _print_table(console: Console, records: Iterable[Record]) -> None:
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -220,17 +232,13 @@ def _print_table(console: Console, records: Iterable[Record], *, device: bool = 
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("attention")
-    if device:
-        table.add_column("machine")
     for name in ("default", "time", "tuned", "time", "gain", "spread"):
         table.add_column(name, justify="left" if name in ("default", "tuned") else "right")
     for record in records:
         problem = Problem.from_sizes(record.key.operator, record.key.sizes)
         same = record.winner == record.default
-        machine = f"{record.key.device['cpu']}, {record.key.device['threads']} threads, {record.key.backend}"
         cells = [
             str(problem),
-            *([machine] if device else []),
             str(record.default),
             _seconds(record.estimate(record.default)),
             "the default" if same else str(record.winner),
