@@ -83,6 +83,16 @@ def clamp(node: fx.Node, importer: Importer) -> Any:
     return x
 
 
+def embedding(node: fx.Node, importer: Importer) -> Any:
+    """Rows of a table; an index out of range takes the nearest, where TVM's own reads what is not its."""
+    table, indices = importer.retrieve_args(node)[:2]
+    builder = importer.block_builder
+    shape = list(indices.ty.shape)
+    flat = builder.emit(relax.op.reshape(indices, (-1,)))
+    rows = builder.emit(relax.op.take(table, flat, axis=0, mode="clip"))
+    return builder.emit(relax.op.reshape(rows, (*shape, table.ty.shape[1])))
+
+
 def sym_min(node: fx.Node, importer: Importer) -> Any:
     """The smaller of two sizes."""
     one, other = importer.retrieve_args(node)
@@ -97,5 +107,6 @@ CORRECTED: Final[dict[str, Callable[[fx.Node, Importer], Any]]] = {
     "arange.start_step": arange,
     "div.Tensor_mode": divide,
     "clamp.default": clamp,
+    "embedding.default": embedding,
     "sym_min": sym_min,
 }

@@ -31,7 +31,7 @@ def measure_by_rpc(
         built.export_library(str(library))
         try:
             session = rpc.connect(host, port, key=key, session_timeout=timeout_seconds)
-            session.upload(str(library))
+            session.upload(bytearray(library.read_bytes()), target=library.name)
         except Exception as error:
             # a refused connection, an unknown name and a wrong key are all RuntimeErrors of TVM
             raise MemcompileError(

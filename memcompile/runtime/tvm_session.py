@@ -127,6 +127,12 @@ class TvmBinding:
         rows: NDArray[np.int64],
         tables: Mapping[str, NDArray[np.int64]],
     ) -> dict[str, Any]:
+        vocab = self._session.manifest.model.vocab_size
+        if vocab and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab:
+            raise MemcompileError(
+                "MC120", f"there are token ids outside 0..{vocab - 1}",
+                fix="encode the text with the artifact's own tokenizer",
+            )  # fmt: skip
         given = {"input_ids": tokens, "position_ids": positions, "logit_positions": rows, **tables}
         inputs = [
             self._caches[name] if name in self._caches else self._library.tensor(aligned(given[name]))

@@ -74,6 +74,15 @@ def test_a_provider_it_cannot_run_on_is_refused(made: Path) -> None:
         load(made, provider="cuda")
 
 
+def test_tokens_that_the_model_does_not_have_are_refused(made: Path) -> None:
+    session = load(made, threads=1)
+    for token in (-1, 128):
+        state = session.new_state(1, 3, 2)
+        session.prefill(state, [[5, 6, 7]])
+        with pytest.raises(MemcompileError, match=r"MC120 there are token ids outside 0\.\.127"):
+            session.decode(state, np.array([token]))
+
+
 def test_a_missing_runtime_is_named(made: Path) -> None:
     code = f"""
 import sys
