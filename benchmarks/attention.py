@@ -25,6 +25,8 @@ BLOCK: Final = 64
 WINDOW, SINKS = 1024, 64
 CHOSEN_SLOTS: Final = 1024
 SETTLE_SECONDS: Final = 0.01
+# a run that takes less is called twice, and the second call counts
+SHORT_SECONDS: Final = 0.1
 PARTS: Final = ("prefill", "sparse", "decode")
 # a prefill whose causal work is more than this is left out: one call would take half a minute and more
 MOST_FLOPS: Final = 1.5e12
@@ -58,13 +60,15 @@ def take_turns(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
-            # let the threads of the one before stop spinning
+            # let the threads of the one before stop spinning, and wake those of this one
             time.sleep(SETTLE_SECONDS)
+            spent = SHORT_SECONDS if turn == 0 else min(seconds[name], default=0.0)
+            if spent < SHORT_SECONDS:
+                run()
             begin = time.perf_counter()
             run()
-            if turn:
-                seconds[name].append(time.perf_counter() - begin)
-    return seconds
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: spent[1:] for name, spent in seconds.items()}
 
 
 class Bench:
@@ -218,7 +222,7 @@ def decode(bench: Bench, tokens: int) -> Iterator[Comparison]:
 
 
 def group_query_attention(bench: Bench, tensors: list[Any], *, bits: int, used: int) -> Run:
-    """ONNX Runtime's GroupQueryAttention on the same numbers, over a shared buffer that holds `used` tokens."""
+    """ONNX Runtime's GroupQueryAttention on the same numbers, over a shared buffer that holds `used`."""
     import numpy as np
     import onnx
     import onnxruntime
@@ -251,6 +255,8 @@ def group_query_attention(bench: Bench, tensors: list[Any], *, bits: int, used: 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = bench.threads
     options.log_severity_level = 3
+    # its threads must not spin on while the other sides run
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
     binding = session.io_binding()
 

@@ -3,7 +3,7 @@
 Every preset is compiled once; every reading is a process of its own that reads the first tokens of a book,
 then scores the 256 tokens that follow. Ratios and KL are against the model as it is, at the same length.
 
-    python -m benchmarks.sparse_prefill [--json] [--model FILE] [--prompts 2000,4000,7500] [--presets NAME,...]
+    python -m benchmarks.sparse_prefill [--json] [--model FILE] [--prompts 2000,4000,7500] [--presets NAME]
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Final
 ROOT: Final = Path(__file__).resolve().parent.parent
 MODEL: Final = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 BOOK: Final = ROOT / "examples" / "texts" / "emma.txt.xz"
-TEXTS: Final = ROOT / "examples" / "plans" / "texts.yaml"
+CALIBRATION: Final = ROOT / "examples" / "texts" / "persuasion.txt.xz"
 SCORED_TOKENS: Final = 256
 # budgets of the papers are made for 100,000 tokens: these fit prompts of 8,000
 PRESETS: Final[dict[str, dict[str, Any]]] = {
@@ -43,10 +43,10 @@ def compile_all(model: str, folder: Path, presets: Sequence[str], prompt_tokens:
         passes = [] if name == "dense" else [{"attention.sparse": {"preset": name, **PRESETS[name]}}]
         plan: dict[str, Any] = {
             "version": 1,
-            "imports": [str(TEXTS)],
             "model": {"source": model, "weights": "float32"},
             "target": {"backend": "onnxruntime", "device": "cpu", "threads": 2},
             "workload": {"prompt_tokens": prompt_tokens, "new_tokens": SCORED_TOKENS},
+            "data": {"calibration": {"text": str(CALIBRATION), "tokens": 4096}},
             "passes": passes,
         }
         pipeline.optimize(model, load_plan(plan), folder / name, evaluate=False)
@@ -92,16 +92,15 @@ def run(model: str, prompts: Sequence[int], presets: Sequence[str], repeats: int
             for _ in range(repeats):
                 for each in ("dense", *presets):
                     print(f"{each}, {prompt_tokens} tokens ...", file=sys.stderr, flush=True)
-                    command = [sys.executable, "-m", "benchmarks.sparse_prefill", "--read", str(folder / each)]
-                    command += ["--prompts", str(prompt_tokens), "--logits", str(folder / f"{each}.npy")]
+                    command = [sys.executable, "-m", "benchmarks.sparse_prefill"]
+                    command += ["--read", str(folder / each), "--logits", str(folder / f"{each}.npy")]
+                    command += ["--prompts", str(prompt_tokens)]
                     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
                     found.setdefault(each, []).append(json.loads(done.stdout.splitlines()[-1]))
             dense = np.load(folder / "dense.npy")
             for each, readings in found.items():
                 seconds = [r["prefill_seconds"] for r in readings]
-                ratios = [
-                    s / r["prefill_seconds"] for s, r in zip(seconds, found["dense"], strict=True)
-                ]
+                ratios = [s / r["prefill_seconds"] for s, r in zip(seconds, found["dense"], strict=True)]
                 other = np.load(folder / f"{each}.npy")
                 rows.append(
                     {
@@ -128,8 +127,9 @@ def show(result: dict[str, Any]) -> None:
         table.add_column(heading, justify="left" if heading == "preset" else "right")
     for row in result["rows"]:
         table.add_row(
-            str(row["prompt_tokens"]), row["preset"], f"{row['prefill_seconds']:.2f} s", f"{row['ratio']:.2f}",
-            f"{row['lowest']:.2f}-{row['highest']:.2f}", f"{row['perplexity']:.2f}", f"{row['kl']:.4f}",
+            str(row["prompt_tokens"]), row["preset"], f"{row['prefill_seconds']:.2f} s",
+            f"{row['ratio']:.2f}", f"{row['lowest']:.2f}-{row['highest']:.2f}",
+            f"{row['perplexity']:.2f}", f"{row['kl']:.4f}",
         )  # fmt: skip
     Console(width=100).print(table)
 
