@@ -10,10 +10,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from memcompile import pipeline
 from memcompile.backends.onnxruntime.backend import KERNEL_MODEL, OnnxRuntimeBackend
 from memcompile.backends.onnxruntime.timed import PACKAGES
 from memcompile.errors import MemcompileError
 from memcompile.lowering import Lowered
+from memcompile.plan import load_plan
 from memcompile.program import build_program
 from memcompile.progress import SILENT
 from memcompile.tuning import (
@@ -81,7 +83,7 @@ def test_a_real_tuning_is_found_by_the_backend(database: Database, tmp_path: Pat
     state = build_program(captured).states[0]
     shape = Shape(state.heads, state.kv_heads, -(-state.head_dim // 8) * 8)
     tasks = [make_task("onnxruntime", p, threads=1, dtype="float32") for p in problems(shape, WORKLOAD)]
-    outcome = tune(tasks, database, seconds=0.5, settings=Settings(rounds=2))
+    outcome = tune(tasks, database, seconds=100, settings=Settings(rounds=1))
     assert [r.key.operator for r in outcome.records] == ["attention.prefill", "attention.decode"]
     for record in outcome.records:
         assert record.refused == {}
@@ -157,3 +159,18 @@ def test_problems_are_told_apart_by_their_sizes() -> None:
     prefill, decode = problems(SHAPES["int8"], dataclasses.replace(WORKLOAD, batch=2), held_tokens=20)
     assert (prefill.tokens, prefill.batch, decode.tokens, decode.batch) == (70, 1, 20, 2)
     assert Problem.from_sizes(decode.operator, decode.sizes) == decode
+
+
+def test_optimize_asks_the_users_database_at_the_plans_workload(
+    database: Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("memcompile.tuning.database.default_database", lambda: database.path)
+    captured = captured_tiny("llama")
+    tile, splits = (("key_tile", 0), ("chunk", 256)), (("splits", 4),)
+    know(database, captured, Candidate(KERNELS, tile), Candidate(KERNELS, splits))
+    workload = {"prompt_tokens": WORKLOAD.prompt_tokens, "new_tokens": WORKLOAD.new_tokens}
+    plan = load_plan({"workload": workload, "target": {"threads": 1}})
+    manifest = pipeline.optimize(captured, plan, tmp_path / "artifact", evaluate=False).manifest
+    assert manifest.prefill.chunk_tokens == 256
+    assert manifest.functions["step"].kernels == ("Attention",)
+    assert [d["tuned"] for d in manifest.decisions] == ["attention", "prefill"]
