@@ -62,9 +62,10 @@ def lower_attention(emitter: Emitter, node: fx.Node) -> tuple[torch.Tensor, ...]
             for name, w in (("k_scale", width), ("v_scale", v_width))
         ]
     positions = emitter.value(facts["positions"]) if facts["window"] else None
+    pattern = emitter.value(facts["pattern"])
     out, present_k, present_v = torch.onnx.ops.symbolic_multi_out(
         ATTENTION,
-        [*packed, past_k, past_v, last_slot, slots, positions, *scales, emitter.value(facts["pattern"]), bias],
+        [*packed, past_k, past_v, last_slot, slots, positions, *scales, pattern, bias],
         attributes,
         dtypes=[q.dtype, past_k.dtype, past_v.dtype],
         shapes=[(batch, tokens, heads * stored), past_k.shape, past_v.shape],

@@ -120,8 +120,8 @@ def _chunk_tokens(program: Program, device: str) -> int:
     if any(argument(node, "pattern") is not None for node in nodes):
         return SPARSE_CHUNK_TOKENS
     # our own kernels read codes without a score matrix
-    quantized = device != "cpu" and any(state.bits for state in program.states)
-    return QUANTIZED_CHUNK_TOKENS if quantized else CHUNK_TOKENS
+    codes = device != "cpu" and any(state.bits for state in program.states)
+    return QUANTIZED_CHUNK_TOKENS if codes else CHUNK_TOKENS
 
 
 def _files(destination: Path) -> tuple[str, ...]:

@@ -21,8 +21,8 @@ MICROSOFT_DOMAIN: Final = "com.microsoft"
 # the kernel library's operator for a cache of so many bits
 OPERATORS: Final = {0: "Attention", 8: "AttentionInt8", 4: "AttentionInt4"}
 _KERNEL_INTS: Final = (
-    "num_heads", "kv_num_heads", "causal", "window", "sinks", "block", "stride", "block_tokens", "pattern_from",
-    "splits", "key_tile",
+    "num_heads", "kv_num_heads", "causal", "window", "sinks", "block", "stride", "block_tokens",
+    "pattern_from", "splits", "key_tile",
 )  # fmt: skip
 
 Chooses = Callable[[ir.Node], bool]

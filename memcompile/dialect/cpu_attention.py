@@ -61,7 +61,8 @@ def kernel_attention(
 
     positions [B or 1,S], query_positions [B,T]: int64; used [B] int32; blocks [B,H,T/n,S/n] uint8;
     slots [B,G,N] int32, for decoding; lse [B,H,T] float32 is written. Token scales are [B,G,S] float32,
-    channel scales [G*D]; pattern [H,4] int32, see memcompile/dialect/selection.py. Codes are int8, or uint8 with two int4 channels each. See csrc/attention.h.
+    channel scales [G*D]; pattern [H,4] int32, see memcompile/dialect/selection.py. Codes are int8, or uint8
+    with two int4 channels each. See csrc/attention.h.
     """
     if not takes(q, keys, values) or (library := cpu_library()) is None:
         return None

@@ -90,7 +90,7 @@ class _Grid:
 
     def block_means(self, x: torch.Tensor) -> torch.Tensor:
         """The mean of each block of rows, the last one of what it has."""
-        return torch.stack([part.mean(0) for part in x.split(self.block)])
+        return torch.stack([part.mean(0) for part in torch.split(x, self.block)])
 
 
 def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -132,8 +132,9 @@ def _antidiagonal(grid: _Grid, stride: int, millionths: int, _: int) -> torch.Te
     future = torch.arange(len(k_cells), device=scores.device) * stride > own.unsqueeze(1)
     mass = torch.softmax(scores.masked_fill(future, float("-inf")), dim=-1)
     per_block = grid.block // stride
-    mass = torch.stack([part.sum(0) for part in mass.split(per_block, 0)])
-    mass = torch.stack([part.sum(1) for part in mass.split(per_block, 1)], dim=1).masked_fill(~grid.seen, 0.0)
+    mass = torch.stack([part.sum(0) for part in torch.split(mass, per_block, 0)])
+    mass = torch.stack([part.sum(1) for part in torch.split(mass, per_block, 1)], dim=1)
+    mass = mass.masked_fill(~grid.seen, 0.0)
     chosen = grid.own | (grid.columns == 0)
     for i in range(grid.down):
         needed = millionths * 1e-6 * mass[i].sum()
@@ -166,8 +167,8 @@ def _vertical_slash(grid: _Grid, columns: int, diagonals: int, _: int) -> torch.
         # a diagonal covers the blocks from `begin` to `end`: count where they open and close
         edges = torch.zeros(grid.across + 1, dtype=torch.int64, device=end.device)
         edges.scatter_add_(0, begin, torch.ones_like(begin))
-        last = end[end >= 0] // grid.block + 1
-        edges.scatter_add_(0, last, -torch.ones_like(last))
+        beyond = end[end >= 0] // grid.block + 1
+        edges.scatter_add_(0, beyond, -torch.ones_like(beyond))
         blocks[i] |= edges.cumsum(0)[:-1] > 0
     chosen = grid.tokens_of(blocks).clone()
     chosen[:, kept_columns] = True

@@ -54,7 +54,11 @@ class SearchPatterns:
         best: tuple[tuple[int, int, int, int], float, float] | None = None
         for pattern in self._candidates(tokens):
             chosen = chosen_keys(
-                q_TD.unsqueeze(0), k_SD.unsqueeze(0), torch.tensor([pattern]), block=self.block_tokens, scale=scale
+                q_TD.unsqueeze(0),
+                k_SD.unsqueeze(0),
+                torch.tensor([pattern]),
+                block=self.block_tokens,
+                scale=scale,
             )[0, rows]
             kept = chosen & visible
             mass = float((weights * kept).sum(-1).mean())
