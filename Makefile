@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 FAST_TESTS ?= yes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models check format lint fast-tests test demo demo-short bench results-weights docs clean
+.PHONY: help setup models check format lint fast-tests test demo demo-short bench bench-attention results-weights docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20

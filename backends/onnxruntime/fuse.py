@@ -12,6 +12,7 @@ from onnx_ir.passes.common import (
     RemoveUnusedNodesPass,
 )
 
+from memcompile.backends.onnxruntime.offsets import expand_offsets
 from memcompile.backends.onnxruntime.split_bits import split_eight_bits
 
 MICROSOFT_DOMAIN = "com.microsoft"
@@ -20,6 +21,7 @@ MICROSOFT_DOMAIN = "com.microsoft"
 def clean_up(model: ir.Model) -> None:
     """Rewrite `model` in place."""
     RemoveUnusedNodesPass()(model)
+    expand_offsets(model.graph)
     CommonSubexpressionEliminationPass()(model)
     IdentityEliminationPass()(model)
     fuse_skip_norms(model.graph)

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from memcompile.backends.onnxruntime.emitter import MICROSOFT, Emitter, emit, lowers
+from memcompile.backends.onnxruntime.offsets import DOMAIN, OPERATOR
 from memcompile.dialect.quantized_weights import block_of
 
 # accuracy_level: what the CPU kernel turns activations into before it multiplies them by codes
@@ -17,10 +18,7 @@ FLOAT: Final = 0
 
 @lowers(torch.ops.memcompile.quantized_linear.default)
 def lower_quantized_linear(emitter: Emitter, node: fx.Node) -> torch.Tensor:
-    """MatMulNBits; offsets are a second product, of each block's sum of x with the offsets.
-
-    The runtime's own float zero points would say the same, but it unpacks such weights at every call.
-    """
+    """MatMulNBits; with offsets one node that `offsets.py` writes out."""
     given = _arguments(node)
     x, codes, scales, zero_points, offsets, bias = (
         emitter.value(given[name]) for name in ("x", "codes", "scales", "zero_points", "offsets", "bias")
@@ -35,14 +33,13 @@ def lower_quantized_linear(emitter: Emitter, node: fx.Node) -> torch.Tensor:
         "accuracy_level": INT8 if given["int8_activations"] else FLOAT,
     }
     shape = (*x.shape[:-1], rows)
+    if offsets is not None:
+        inputs = [x, codes, scales, zero_points, offsets, bias]
+        return emit(f"{DOMAIN}::{OPERATOR}", inputs, attributes, like=x, shape=shape, version=1)
     inputs = [x, codes, scales, zero_points, None, bias]
     while inputs[-1] is None:
         inputs.pop()
-    product = emit(MICROSOFT + "MatMulNBits", inputs, attributes, like=x, shape=shape)
-    if offsets is None:
-        return product
-    sums = x @ _block_indicator(emitter, width, block, x)
-    return product + emit(MICROSOFT + "FusedMatMul", [sums, offsets], {"transB": 1}, like=x, shape=shape)
+    return emit(MICROSOFT + "MatMulNBits", inputs, attributes, like=x, shape=shape)
 
 
 @lowers(torch.ops.memcompile.quantized_embedding.default)
