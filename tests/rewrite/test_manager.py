@@ -221,7 +221,7 @@ def test_unknown_pass_suggests_the_nearest() -> None:
     assert caught.value.fix == "did you mean kv.evict?"
     with pytest.raises(MemcompileError) as caught:
         load_pass("zzz")
-    assert "the passes are attention.static, kv.evict" in (caught.value.fix or "")
+    assert "the passes are attention.sparse, attention.static, kv.evict" in (caught.value.fix or "")
 
 
 def test_expect_is_met_or_named() -> None:
