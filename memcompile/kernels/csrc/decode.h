@@ -22,6 +22,7 @@ struct Decode {
     int64_t keys_stride, parts;
     int32_t rows;               // H/G * T
     float *partial;             // [B,G,parts][rows][D + 2]: output, maximum (log2), sum
+    mutable bool no_memory;     // some task found none
 };
 
 // The cache's channels as decode reads them: MC_I4 rows give even channels, then odd ones, of 2*LANES.
@@ -235,7 +236,10 @@ static void decode_task(void *data, size_t index) {
     int64_t part = (int64_t)index % d.parts, g = (int64_t)index / d.parts % c.G;
     int64_t b = (int64_t)index / d.parts / c.G, group = c.H / c.G, D = c.D;
     size_t bytes = 4 * ((size_t)d.rows * (size_t)D + MAX_ROWS * PART_KEYS + 4 * (PART_KEYS + LANES)) + 4096;
-    if (!scratch.reserve(bytes + 4 * (size_t)D)) return;
+    if (!scratch.reserve(bytes + 4 * (size_t)D)) {
+        __atomic_store_n(&d.no_memory, true, __ATOMIC_RELAXED);
+        return;
+    }
     float *q = scratch.take<float>((size_t)d.rows * (size_t)D), *row = scratch.take<float>((size_t)D);
     for (int r = 0; r < d.rows; r++) {
         int64_t h = g * group + r / c.T, t = r % c.T;

@@ -31,7 +31,7 @@ static bool all_visible(const McAttention &c) {
 }
 
 static int32_t decode(const McAttention &c, int32_t *at, const Interval *keys, int64_t keys_stride) {
-    Decode d = {&c, keys, at, keys_stride, 0, (int32_t)(c.H / c.G * c.T), nullptr};
+    Decode d = {&c, keys, at, keys_stride, 0, (int32_t)(c.H / c.G * c.T), nullptr, false};
     int64_t heads = c.B * c.G, candidates = c.slots ? c.slot_count : c.S;
     int64_t most = (candidates + 127) / 128;
     // enough parts to keep the threads level, few enough that a part is worth its merge
@@ -44,14 +44,14 @@ static int32_t decode(const McAttention &c, int32_t *at, const Interval *keys, i
     if (posix_memalign(&p, 64, bytes)) return 2;
     d.partial = (float *)p;
     run(c, decode_task, count, &d);
-    merge_parts(d);
+    if (!d.no_memory) merge_parts(d);
     free(p);
-    return 0;
+    return d.no_memory ? 2 : 0;
 }
 
 static int32_t prefill(const McAttention &c, int32_t *at, const Interval *keys, int64_t keys_stride,
                        const Selection *chosen) {
-    Prefill p = {&c, keys, nullptr, at, keys_stride, 0, 0, 0, 0, false, nullptr, nullptr, 0};
+    Prefill p = {&c, keys, nullptr, at, keys_stride, 0, 0, 0, 0, false, nullptr, nullptr, 0, false};
     if (chosen) p.columns = chosen->columns, p.column_count = chosen->column_count, p.most_columns = chosen->most;
     p.key_tile = c.key_tile ? c.key_tile : 64;
     p.query_tile = QUERIES;
@@ -74,13 +74,13 @@ static int32_t prefill(const McAttention &c, int32_t *at, const Interval *keys, 
     p.views = views;
     run(c, prefill_task, (size_t)(c.B * c.H * p.query_tiles), &p);
     free(views);
-    return 0;
+    return p.no_memory ? 2 : 0;
 }
 
 // Choose blocks and columns by the heads' patterns, then attend over them.
 static int32_t sparse_prefill(McAttention c, int32_t *at, const Interval *keys, int64_t keys_stride) {
     if (!patterns_are_legal(c)) return 4;
-    Selection s = {&c, keys, at, keys_stride, c.block_tokens, (c.S + c.block_tokens - 1) / c.block_tokens,
+    Selection s = {&c, c.block_tokens, (c.S + c.block_tokens - 1) / c.block_tokens,
                    (c.T + c.block_tokens - 1) / c.block_tokens, nullptr, nullptr, nullptr, 0, false};
     for (int64_t h = 0; h < c.H; h++)
         if (c.pattern[h * 4] == VERTICAL_SLASH && c.pattern[h * 4 + 1] > s.most) s.most = c.pattern[h * 4 + 1];
@@ -118,7 +118,7 @@ int32_t attention(const McAttention &c) {
     if (!at) return 2;
     find_queries(c, at);
     bool whole_vectors = c.D % LANES == 0 && (c.kv_type != MC_I4 || c.D % (2 * LANES) == 0);
-    bool few = c.H / c.G * c.T <= MAX_ROWS && whole_vectors && !c.blocks && !has_choice(c);
+    bool choice = has_choice(c), few = c.H / c.G * c.T <= MAX_ROWS && whole_vectors && !c.blocks && !choice;
     Interval *keys = nullptr;
     int64_t keys_stride = 0;
     if (!few || !all_visible(c)) {
@@ -136,7 +136,7 @@ int32_t attention(const McAttention &c) {
     int32_t code;
     if (few) code = decode(c, at, keys, keys_stride);
     else if (c.slots) code = 3;
-    else if (has_choice(c)) code = sparse_prefill(c, at, keys, keys_stride);
+    else if (choice) code = sparse_prefill(c, at, keys, keys_stride);
     else code = prefill(c, at, keys, keys_stride, nullptr);
     free(keys);
     free(at);

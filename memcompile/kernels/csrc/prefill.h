@@ -25,6 +25,7 @@ struct Prefill {
     // besides the blocks: single keys [B,H,most_columns], [B,H]; or null
     const int32_t *columns, *column_count;
     int64_t most_columns;
+    mutable bool no_memory;     // some task found none
 };
 
 // Keys that were chosen one by one, as far as no block of this tile of queries holds them.
@@ -193,7 +194,10 @@ static void prefill_task(void *data, size_t index) {
     int64_t t0 = qt * p.query_tile;
     int nq = (int)(c.T - t0 < p.query_tile ? c.T - t0 : p.query_tile);
     int columns = columns_of(nq);
-    if (!scratch.reserve(prefill_bytes(c))) return;
+    if (!scratch.reserve(prefill_bytes(c))) {
+        __atomic_store_n(&p.no_memory, true, __ATOMIC_RELAXED);
+        return;
+    }
 
     float *x = scratch.take<float>(D * QUERIES), *o = scratch.take<float>(D * QUERIES);
     float *s = scratch.take<float>(MAX_TILE * QUERIES);
@@ -288,16 +292,16 @@ static void prefill_task(void *data, size_t index) {
 
     if (p.columns && blocks) {
         int64_t head = b * c.H + h, across = (c.S + c.block_tokens - 1) / c.block_tokens;
-        Columns columns = {p.columns + head * p.most_columns, p.column_count[head], 0,
+        Columns single = {p.columns + head * p.most_columns, p.column_count[head], 0,
                            blocks + t0 / c.block_tokens * across, c.block_tokens};
         Interval *seen = scratch.take<Interval>(MAX_TILE);
-        while (int n = gather_columns(c, b, g, columns, QUERIES, k_tile, v_tile, keys, seen)) {
-            product<float>(k_tile, D, 1, x, n, D, s, columns_of(nq), false);
-            if (c.softcap > 0) softcap(s, n, columns_of(nq), c.scale, c.softcap);
-            hide(s, n, columns_of(nq), seen, at);
-            softmax(s, n, columns_of(nq), to_log2, m, l, shrink);
-            shrink_rows(o, D, columns_of(nq), shrink);
-            product<float>(v_tile, 1, D, s, D, n, o, columns_of(nq), true);
+        while (int n = gather_columns(c, b, g, single, QUERIES, k_tile, v_tile, keys, seen)) {
+            product<float>(k_tile, D, 1, x, n, D, s, columns, false);
+            if (c.softcap > 0) softcap(s, n, columns, c.scale, c.softcap);
+            hide(s, n, columns, seen, at);
+            softmax(s, n, columns, to_log2, m, l, shrink);
+            shrink_rows(o, D, columns, shrink);
+            product<float>(v_tile, 1, D, s, D, n, o, columns, true);
         }
     }
 

@@ -13,9 +13,7 @@ constexpr int64_t LAST_QUERIES = 64, FORCED_COLUMNS = 30, FORCED_DIAGONALS = 100
 
 struct Selection {
     const McAttention *c;
-    const Interval *keys;
-    const int32_t *query_at;
-    int64_t keys_stride, block, across, down;
+    int64_t block, across, down;
     uint8_t *blocks;          // [B,H,down,across]
     int32_t *columns;         // [B,H,most]: chosen slots in rising order
     int32_t *column_count;    // [B,H]
@@ -288,7 +286,7 @@ static void select_task(void *data, size_t index) {
     const int32_t *p = c.pattern + h * 4;
     s.column_count[index] = 0;
     bool done = true;
-    if (head.first < 0 || p[0] == DENSE) {
+    if (head.first < 0 || p[0] == DENSE || head.used <= c.pattern_from) {
         for (int64_t i = 0; i < s.down * s.across; i++) head.blocks[i] = 1;
         return;
     }
