@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from memcompile.backends.onnxruntime.emitter import Emitter, emit, lowers
-from memcompile.backends.onnxruntime.finish import ATTENTION
+from memcompile.backends.onnxruntime.finish import ATTENTION, PAGE_BOUNDS
 from memcompile.backends.onnxruntime.layout import pack_heads, remember_output
 from memcompile.dialect import visible_keys
 from memcompile.regions import argument
@@ -53,6 +53,7 @@ def lower_attention(emitter: Emitter, node: fx.Node) -> tuple[torch.Tensor, ...]
         "block_tokens": int(facts["pattern_block"]),
         "pattern_from": int(facts["pattern_from"]),
         "masked": int(facts["mask"] is not None),
+        **{name: int(facts[name]) for name in ("page_tokens", "page_keep", "page_from")},
         **{name: int(facts[name]) for name in ("causal", "window", "sinks", "block", "stride")},
     }
     scales: list[torch.Tensor | None] = [None, None]
@@ -62,10 +63,10 @@ def lower_attention(emitter: Emitter, node: fx.Node) -> tuple[torch.Tensor, ...]
             for name, w in (("k_scale", width), ("v_scale", v_width))
         ]
     positions = emitter.value(facts["positions"]) if facts["window"] else None
-    pattern = emitter.value(facts["pattern"])
+    pattern, bounds = emitter.value(facts["pattern"]), emitter.value(facts["bounds"])
     out, present_k, present_v = torch.onnx.ops.symbolic_multi_out(
         ATTENTION,
-        [*packed, past_k, past_v, last_slot, slots, positions, *scales, pattern, bias],
+        [*packed, past_k, past_v, last_slot, slots, positions, *scales, pattern, bias, bounds],
         attributes,
         dtypes=[q.dtype, past_k.dtype, past_v.dtype],
         shapes=[(batch, tokens, heads * stored), past_k.shape, past_v.shape],
@@ -76,6 +77,25 @@ def lower_attention(emitter: Emitter, node: fx.Node) -> tuple[torch.Tensor, ...]
         emitter, node, out if stored == v_width else out_BTHD.reshape(batch, tokens, heads * v_width)
     )
     return out_BTHD.transpose(1, 2), present_k, present_v
+
+
+@lowers(torch.ops.memcompile.page_bounds.default)
+def lower_page_bounds(emitter: Emitter, node: fx.Node) -> torch.Tensor:
+    """One node over a buffer that holds the bounds before and after."""
+    names = ("k", "past", "positions", "k_scale", "page_tokens", "bits")
+    k, past, positions, k_scale, page_tokens, bits = (argument(node, name) for name in names)
+    kv_heads, width = emitter.value(k).shape[1], emitter.value(k).shape[3]
+    stored = padded_width(width)
+    packed = _widen_heads(pack_heads(emitter, k), int(kv_heads), width, stored)
+    last_slot, _ = _lengths(emitter, positions)
+    scale = _widen_scale(emitter.value(k_scale), int(kv_heads), width, stored) if bits else None
+    return emit(
+        PAGE_BOUNDS,
+        [packed, emitter.value(past), last_slot, scale],
+        {"kv_num_heads": int(kv_heads), "page_tokens": int(page_tokens), "bits": int(bits)},
+        like=emitter.value(past),
+        version=1,
+    )
 
 
 def _widen_heads(packed: torch.Tensor, heads: int, width: Any, stored: int) -> torch.Tensor:

@@ -32,7 +32,7 @@ from memcompile.backends.onnxruntime.tuned import tuned_choices, with_choices
 from memcompile.errors import MemcompileError
 from memcompile.lowering import Lowered, Progress, inline_higher_order
 from memcompile.lowering.interface import forward_interface, step_sizes
-from memcompile.program import Program
+from memcompile.program import Program, without_pages
 from memcompile.regions import argument, attention_nodes
 from memcompile.tuning import Choices, Database, Workload
 
@@ -75,6 +75,9 @@ class OnnxRuntimeBackend:
                 where="target.device",
                 fix=f"use one of {', '.join(DEVICES)}",
             )
+        decisions = _page_decisions(program, device)
+        if device != "cpu":
+            program = without_pages(program)
         chunk = _chunk_tokens(program, device)
         if program.step is None:
             progress("lower forward")
@@ -92,7 +95,7 @@ class OnnxRuntimeBackend:
             write_genai(program.model, interface.states, destination, MODEL, device=device)
         return Lowered(
             functions, interface.states, interface.groups, PrefillEntry(choices.chunk), _files(destination),
-            choices.decisions,
+            (*choices.decisions, *decisions),
         )  # fmt: skip
 
     def _lower_step(
@@ -122,6 +125,15 @@ def _chunk_tokens(program: Program, device: str) -> int:
     # our own kernels read codes without a score matrix
     codes = device != "cpu" and any(state.bits for state in program.states)
     return QUANTIZED_CHUNK_TOKENS if codes else CHUNK_TOKENS
+
+
+def _page_decisions(program: Program, device: str) -> tuple[dict[str, str], ...]:
+    """What becomes of a choice of pages where no kernel makes it."""
+    regions = ", ".join(state.region for state in program.states if state.page_tokens)
+    if not regions:
+        return ()
+    who = f"without the kernel library, {MODEL}" if device == "cpu" else f"{MODEL} for {device}"
+    return ({"regions": regions, "decision": f"{who} looks at every key while decoding"},)
 
 
 def _files(destination: Path) -> tuple[str, ...]:

@@ -15,14 +15,16 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 DOMAIN: Final = "memcompile"
 ATTENTION: Final = "memcompile::Attention"
+PAGE_BOUNDS: Final = "memcompile::PageBounds"
 MICROSOFT_DOMAIN: Final = "com.microsoft"
 # inputs of the traced node, in order
-(Q, K, V, PAST_K, PAST_V, LAST_SLOT, SLOTS, POSITIONS, K_SCALE, V_SCALE, PATTERN, BIAS) = range(12)
+(Q, K, V, PAST_K, PAST_V, LAST_SLOT, SLOTS, POSITIONS, K_SCALE, V_SCALE, PATTERN, BIAS, BOUNDS) = range(13)
 # the kernel library's operator for a cache of so many bits
 OPERATORS: Final = {0: "Attention", 8: "AttentionInt8", 4: "AttentionInt4"}
+PAGE_OPERATORS: Final = {0: "PageBounds", 8: "PageBoundsInt8", 4: "PageBoundsInt4"}
 _KERNEL_INTS: Final = (
     "num_heads", "kv_num_heads", "causal", "window", "sinks", "block", "stride", "block_tokens",
-    "pattern_from", "splits", "key_tile",
+    "pattern_from", "splits", "key_tile", "page_tokens", "page_keep", "page_from",
 )  # fmt: skip
 
 Chooses = Callable[[ir.Node], bool]
@@ -64,15 +66,30 @@ def replace_attention(model: ir.Model, make: Callable[[ir.Node], ir.Node]) -> ir
         for old, value in zip(node.outputs, new.outputs, strict=True):
             old.replace_all_uses_with(value, replace_graph_outputs=True)
         made.graph.remove(node, safe=True)
+    # whose bounds are read by no kernel are passed on as they are
+    for node in [node for node in made.graph if node.domain == DOMAIN and node.op_type == "PageBounds"]:
+        _finish_bounds(made, node)
     RemoveUnusedNodesPass()(made)
     if not kernels_of(made):
         made.graph.opset_imports.pop(DOMAIN, None)
     return made
 
 
+def _finish_bounds(model: ir.Model, node: ir.Node) -> None:
+    read = any(user.domain == DOMAIN for user, _ in node.outputs[0].uses())
+    if read:
+        node.op_type = PAGE_OPERATORS[node.attributes.get_int("bits", 0)]
+        node.attributes.pop("bits")
+        return
+    new = ir.Node("", "Identity", [node.inputs[1]], outputs=_outputs(node))
+    model.graph.insert_after(node, new)
+    node.outputs[0].replace_all_uses_with(new.outputs[0], replace_graph_outputs=True)
+    model.graph.remove(node, safe=True)
+
+
 def all_inputs(node: ir.Node) -> list[ir.Value | None]:
-    """The inputs Q to BIAS of a traced node; those that are missing at the end are not stored."""
-    return [*node.inputs, *[None] * (BIAS + 1 - len(node.inputs))]
+    """The inputs Q to BOUNDS of a traced node; those that are missing at the end are not stored."""
+    return [*node.inputs, *[None] * (BOUNDS + 1 - len(node.inputs))]
 
 
 def _outputs(node: ir.Node) -> list[ir.Value]:
@@ -86,7 +103,7 @@ def _kernel(node: ir.Node) -> ir.Node:
     return ir.Node(
         DOMAIN,
         OPERATORS[names.get_int("bits", 0)],
-        all_inputs(node)[:BIAS],
+        [*all_inputs(node)[:BIAS], all_inputs(node)[BOUNDS]],
         attributes,
         outputs=_outputs(node),
         name=node.name,

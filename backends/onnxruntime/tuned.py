@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from memcompile.artifact.manifest import GroupEntry, StateEntry
 from memcompile.backends.onnxruntime.finish import (
+    BOUNDS,
     PAST_K,
     PATTERN,
     all_inputs,
@@ -79,8 +80,9 @@ def shape_of(node: ir.Node) -> Shape:
 
 
 def _is_tunable(node: ir.Node) -> bool:
-    # a pattern of blocks is no size: what it skips is known at run time only
-    return can_run(node) and all_inputs(node)[PATTERN] is None and bool(node.attributes.get_int("causal", 1))
+    # a choice of keys is no size: what it skips is known at run time only; and the runtime makes none
+    chooses = any(all_inputs(node)[place] is not None for place in (PATTERN, BOUNDS))
+    return can_run(node) and not chooses and bool(node.attributes.get_int("causal", 1))
 
 
 def _held_tokens(

@@ -23,6 +23,7 @@ class TorchState:
     batch: int
     caches: dict[str, list[torch.Tensor]]
     observed: dict[str, torch.Tensor]
+    bounds: dict[str, torch.Tensor]
     tables: dict[str, torch.Tensor]
     lengths: torch.Tensor
     compressed: bool = field(default=False)
@@ -31,7 +32,7 @@ class TorchState:
     def nbytes(self) -> int:
         """Bytes of all state tensors now."""
         tensors = [t for pair in self.caches.values() for t in pair]
-        tensors += [*self.observed.values(), *self.tables.values()]
+        tensors += [*self.observed.values(), *self.bounds.values(), *self.tables.values()]
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -62,10 +63,17 @@ class TorchSession:
             for s in self.program.states
             if s.observe_tokens
         }
+        bounds = {
+            s.region: torch.zeros(
+                batch, s.kv_heads, 0, 2 * s.storage_width, dtype=s.storage_dtype, device=self.device
+            )
+            for s in self.program.states
+            if s.page_tokens
+        }
         positions = torch.zeros(batch, 0, dtype=torch.int64, device=self.device)
         tables = {g.name: positions for g in self.program.groups}
         lengths = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        return TorchState(batch, caches, observed, tables, lengths)
+        return TorchState(batch, caches, observed, bounds, tables, lengths)
 
     @torch.no_grad()
     def step(
@@ -80,13 +88,15 @@ class TorchSession:
         arguments += [tables[g.name] for g in self.program.groups]
         for s in self.program.states:
             arguments += state.caches[s.region]
-        arguments += list(state.observed.values())
+        arguments += [*state.observed.values(), *state.bounds.values()]
         results = list(self._step(*arguments))
         logits: torch.Tensor = results.pop(0).cpu()
         for s in self.program.states:
             state.caches[s.region] = [results.pop(0), results.pop(0)]
         for region in state.observed:
             state.observed[region] = results.pop(0)
+        for region in state.bounds:
+            state.bounds[region] = results.pop(0)
         state.tables = tables
         state.lengths = state.lengths + valid.sum(dim=1)
         for group in self.program.groups:
@@ -117,6 +127,9 @@ class TorchSession:
 
     def extend(self, state: TorchState, tokens: Sequence[int]) -> np.ndarray:
         """Continue the single row of `state` with known tokens; logits [T,V]."""
+        if state.bounds and len(tokens) > 1:
+            # only a call of one token chooses pages: what is measured is what decoding does
+            return np.concatenate([self.extend(state, [token]) for token in tokens])
         row = torch.as_tensor(list(tokens)).unsqueeze(0)
         wanted = torch.arange(row.shape[1]).unsqueeze(0)
         logits: np.ndarray = (

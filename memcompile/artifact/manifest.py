@@ -79,6 +79,10 @@ class StateEntry:
     heads: int = 0
     observed_in: str | None = None
     observed_out: str | None = None
+    # bounds of pages of so many keys, [batch, kv_heads, pages, 2 * stored_width], by which decoding chooses
+    page_tokens: int = 0
+    bounds_in: str | None = None
+    bounds_out: str | None = None
 
     @property
     def stored_width(self) -> int:
@@ -346,15 +350,21 @@ def _check_state(
         raise ValueError(f"{where}.bits is {state.bits}, not 0, 8 or 4")
     if state.dtype not in wanted:
         raise ValueError(f"{where}.dtype is {state.dtype!r}; with bits {state.bits} it is one of {wanted}")
-    for field_name in ("key_in", "value_in", "observed_in"):
+    for field_name in ("key_in", "value_in", "observed_in", "bounds_in"):
         name = getattr(state, field_name)
         if name is not None and name not in inputs:
             raise ValueError(f"{where}.{field_name}: step has no input {name!r}")
-    for field_name in ("key_out", "value_out", "observed_out"):
+    for field_name in ("key_out", "value_out", "observed_out", "bounds_out"):
         name = getattr(state, field_name)
         if name is not None and name not in outputs:
             raise ValueError(f"{where}.{field_name}: step has no output {name!r}")
     if (state.observed_in is None) != (state.observed_out is None):
         raise ValueError(f"{where}: observed_in and observed_out go together")
+    _range(f"{where}.page_tokens", state.page_tokens, 0, MAX_COUNT)
+    if len({state.bounds_in is None, state.bounds_out is None, not state.page_tokens}) != 1:
+        raise ValueError(f"{where}: page_tokens, bounds_in and bounds_out go together")
+    group = manifest.group(state.group)
+    if state.page_tokens and (group.window or group.evict is not None):
+        raise ValueError(f"{where}: page_tokens needs every token, and group {state.group!r} drops some")
     if state.observed_in is not None and manifest.group(state.group).evict is None:
         raise ValueError(f"{where}: observed queries, but group {state.group!r} is not evicted")

@@ -6,13 +6,14 @@ from memcompile.dialect.attention import ATTENTION, attention, attention_definit
 from memcompile.dialect.experts import EXPERTS, experts
 from memcompile.dialect.observe import OBSERVE, observe
 from memcompile.dialect.op import DIALECT, Cost, DialectOp
+from memcompile.dialect.pages import PAGE_BOUNDS, page_bounds
 from memcompile.dialect.quantized_embedding import QUANTIZED_EMBEDDING, quantized_embedding
 from memcompile.dialect.quantized_linear import QUANTIZED_LINEAR, quantized_linear
 from memcompile.dialect.rms_norm import RMS_NORM, rms_norm
 from memcompile.dialect.rotary import ROTARY, rotary
 
 __all__ = [
-    "ATTENTION", "DIALECT", "EXPERTS", "OBSERVE", "QUANTIZED_EMBEDDING", "QUANTIZED_LINEAR", "RMS_NORM",
-    "ROTARY", "Cost", "DialectOp", "attention", "attention_definition", "experts", "observe",
-    "quantized_embedding", "quantized_linear", "rms_norm", "rotary", "visible_keys",
+    "ATTENTION", "DIALECT", "EXPERTS", "OBSERVE", "PAGE_BOUNDS", "QUANTIZED_EMBEDDING", "QUANTIZED_LINEAR",
+    "RMS_NORM", "ROTARY", "Cost", "DialectOp", "attention", "attention_definition", "experts", "observe",
+    "page_bounds", "quantized_embedding", "quantized_linear", "rms_norm", "rotary", "visible_keys",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from memcompile.dialect.op import (
     differentiate_through_definition,
     register,
 )
+from memcompile.dialect.pages import page_keys
 from memcompile.dialect.selection import FEW_QUERIES, select_for_rows
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -76,6 +77,7 @@ def attention_definition(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     pattern: torch.Tensor | None = None,
+    bounds: torch.Tensor | None = None,
     *,
     scale: float,
     causal: bool = True,
@@ -87,6 +89,9 @@ def attention_definition(
     bits: int = 0,
     pattern_block: int = 0,
     pattern_from: int = 0,
+    page_tokens: int = 0,
+    page_keep: int = 0,
+    page_from: int = 0,
     region: str = "",
 ) -> Triple:
     """The meaning of `memcompile::attention`, dense and slow; scores are kept in float32 or wider."""
@@ -124,6 +129,12 @@ def attention_definition(
             scale=scale,
         )
         allowed = allowed & chosen
+    if bounds is not None and page_tokens:
+        paged = page_keys(
+            q.to(work), bounds, positions, k_scale,
+            page_tokens=page_tokens, keep=page_keep, begin=page_from, bits=bits,
+        )  # fmt: skip
+        allowed = allowed if paged is None else allowed & paged
     scores = scores.masked_fill(~allowed, float("-inf"))
     # a row that sees nothing is all -inf: its softmax is NaN, its meaning is zero
     weights = torch.softmax(scores, dim=-1).masked_fill(~allowed, 0.0)
@@ -147,6 +158,7 @@ def _by_kernel(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
     pattern: torch.Tensor | None,
+    bounds: torch.Tensor | None,
     *,
     bits: int,
     **attributes: Any,
@@ -171,8 +183,13 @@ def _by_kernel(
         elif positions is not None and bool((positions < 0).any()):
             # kernels choose by slot, and an empty slot is no key
             return None
+    if bounds is not None:
+        if q.shape[2] != 1 or keys.shape[2] <= attributes["page_from"]:
+            bounds = None
+        elif positions is not None and bool((positions < 0).any()):
+            return None
     out = kernel_attention(
-        q, keys, values, positions=positions, query_positions=query_positions, pattern=pattern,
+        q, keys, values, positions=positions, query_positions=query_positions, pattern=pattern, bounds=bounds,
         k_scale=k_scale if bits else None, v_scale=v_scale if bits else None, **attributes,
     )  # fmt: skip
     if out is None:
@@ -194,6 +211,7 @@ def attention(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     pattern: torch.Tensor | None = None,
+    bounds: torch.Tensor | None = None,
     *,
     scale: float,
     causal: bool = True,
@@ -205,6 +223,9 @@ def attention(
     bits: int = 0,
     pattern_block: int = 0,
     pattern_from: int = 0,
+    page_tokens: int = 0,
+    page_keep: int = 0,
+    page_from: int = 0,
     region: str = "",
 ) -> Triple:
     """Attend from `q` [B,H,T,D] over the cache and the new `k`, `v` [B,G,S,D].
@@ -216,13 +237,16 @@ def attention(
     k_scale, v_scale: float32 [G*D], needed when `bits` is 8 or 4.
     pattern: int32 [H,4], which keys each head chooses when a prompt is read, in blocks of `pattern_block`
         tokens and from more than `pattern_from` keys on (memcompile/dialect/selection.py).
+    bounds: of the pages of `page_tokens` keys, the new ones included (memcompile/dialect/pages.py). A call of
+        one token then looks at `page_keep` pages only, in rows with more than `page_from` keys.
     Returns the output [B,H,T,D] and the next state of keys and values (empty for a stateless call).
     """
     if mask is None and scale > 0:
         fast = _by_kernel(
-            q, k, v, past_k, past_v, positions, k_scale, v_scale, pattern,
+            q, k, v, past_k, past_v, positions, k_scale, v_scale, pattern, bounds,
             scale=scale, causal=causal, window=window, sinks=sinks, block=block, stride=stride,
             softcap=softcap, bits=bits, pattern_block=pattern_block, pattern_from=pattern_from,
+            page_tokens=page_tokens, page_keep=page_keep, page_from=page_from,
         )  # fmt: skip
         if fast is not None:
             return fast
@@ -245,9 +269,10 @@ def attention(
         shape = (k.shape[0], k.shape[1], 0, code_width(bits, k.shape[-1]))
         return out.contiguous(), k.new_empty(shape, dtype=state), v.new_empty(shape, dtype=state)
     out, k_state, v_state = attention_definition(
-        q, k, v, past_k, past_v, positions, mask, k_scale, v_scale, pattern,
+        q, k, v, past_k, past_v, positions, mask, k_scale, v_scale, pattern, bounds,
         scale=scale, causal=causal, window=window, sinks=sinks, block=block, stride=stride,
-        softcap=softcap, bits=bits, pattern_block=pattern_block, pattern_from=pattern_from, region=region,
+        softcap=softcap, bits=bits, pattern_block=pattern_block, pattern_from=pattern_from,
+        page_tokens=page_tokens, page_keep=page_keep, page_from=page_from, region=region,
     )  # fmt: skip
     if past_k is None:
         return out, k_state.clone(), v_state.clone()
@@ -266,6 +291,7 @@ def _(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     pattern: torch.Tensor | None = None,
+    bounds: torch.Tensor | None = None,
     *,
     scale: float,
     causal: bool = True,
@@ -277,6 +303,9 @@ def _(
     bits: int = 0,
     pattern_block: int = 0,
     pattern_from: int = 0,
+    page_tokens: int = 0,
+    page_keep: int = 0,
+    page_from: int = 0,
     region: str = "",
 ) -> Triple:
     batch, groups, new, width = k.shape
@@ -287,7 +316,7 @@ def _(
     return out, k.new_empty(state, dtype=dtype), v.new_empty(state, dtype=dtype)
 
 
-differentiate_through_definition(attention, attention_definition, tensor_count=10)
+differentiate_through_definition(attention, attention_definition, tensor_count=11)
 
 
 def attention_cost(

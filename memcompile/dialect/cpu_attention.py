@@ -45,6 +45,10 @@ def kernel_attention(
     pattern: torch.Tensor | None = None,
     pattern_block: int = 0,
     pattern_from: int = 0,
+    bounds: torch.Tensor | None = None,
+    page_tokens: int = 0,
+    page_keep: int = 0,
+    page_from: int = 0,
     slots: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     causal: bool = True,
@@ -61,8 +65,9 @@ def kernel_attention(
 
     positions [B or 1,S], query_positions [B,T]: int64; used [B] int32; blocks [B,H,T/n,S/n] uint8;
     slots [B,G,N] int32, for decoding; lse [B,H,T] float32 is written. Token scales are [B,G,S] float32,
-    channel scales [G*D]; pattern [H,4] int32, see memcompile/dialect/selection.py. Codes are int8, or uint8
-    with two int4 channels each. See csrc/attention.h.
+    channel scales [G*D]; pattern [H,4] int32, see memcompile/dialect/selection.py; bounds [B,G,pages,2W] in
+    the cache's type, see memcompile/dialect/pages.py. Codes are int8, or uint8 with two int4 channels each.
+    See csrc/attention.h.
     """
     if not takes(q, keys, values) or (library := cpu_library()) is None:
         return None
@@ -96,6 +101,9 @@ def kernel_attention(
         call.blocks_batch = blocks.shape[1] * call.blocks_head
     if slots is not None:
         call.slot_count = slots.shape[2]
+    if bounds is not None:
+        call.bounds = _tensor(bounds)
+        call.page_tokens, call.page_keep, call.page_from = page_tokens, page_keep, page_from
     library.attention(call)
     return out
 

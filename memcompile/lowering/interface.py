@@ -13,6 +13,7 @@ from memcompile.errors import MemcompileError
 from memcompile.program import PositionGroup, Program, StateSpec
 
 BATCH, TOKENS, ROWS = "batch", "tokens", "rows"
+PAGE_TOKENS = (16, 32, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,12 @@ def step_interface(program: Program, conventions: Conventions) -> StepInterface:
             inputs.append(TensorEntry(state.observed_in, dtype, (BATCH, state.heads, width, spec.head_dim)))
             kept = (BATCH, state.heads, spec.observe_tokens, spec.head_dim)
             outputs.append(TensorEntry(state.observed_out, dtype, kept))
+    for state in states:
+        if state.bounds_in and state.bounds_out:
+            pages = f"pages{state.page_tokens}.{state.group}"
+            bounds = (BATCH, state.kv_heads, pages, 2 * state.stored_width)
+            inputs.append(TensorEntry(state.bounds_in, state.dtype, bounds))
+            outputs.append(TensorEntry(state.bounds_out, state.dtype, bounds))
     return StepInterface(tuple(inputs), tuple(outputs), states, groups)
 
 
@@ -101,6 +108,7 @@ def step_sizes(groups: Sequence[GroupEntry]) -> dict[str, int]:
     for index, group in enumerate(groups):
         sizes |= {f"slots.{group.name}": 11 + 2 * index, f"capacity.{group.name}": 40 + 2 * index}
         sizes[f"observed.{group.name}"] = 7
+        sizes |= {f"pages{tokens}.{group.name}": 17 + 2 * index + tokens for tokens in PAGE_TOKENS}
     return sizes
 
 
@@ -170,4 +178,7 @@ def _state(spec: StateSpec, group: PositionGroup, conventions: Conventions) -> S
         heads=spec.heads,
         observed_in=f"observed.{spec.region}" if observes else None,
         observed_out=f"present_observed.{spec.region}" if observes else None,
+        page_tokens=spec.page_tokens,
+        bounds_in=f"bounds.{spec.region}" if spec.page_tokens else None,
+        bounds_out=f"present_bounds.{spec.region}" if spec.page_tokens else None,
     )

@@ -5,9 +5,11 @@ from __future__ import annotations
 from memcompile.frontend.captured import Captured
 from memcompile.program.compress import make_compress
 from memcompile.program.program import PLAIN_GROUP, PositionGroup, Program, StateSpec
-from memcompile.program.stateful import copy_graph, make_step
+from memcompile.program.stateful import copy_graph, make_step, without_pages
 
-__all__ = ["PLAIN_GROUP", "PositionGroup", "Program", "StateSpec", "build_program", "copy_graph"]
+__all__ = [
+    "PLAIN_GROUP", "PositionGroup", "Program", "StateSpec", "build_program", "copy_graph", "without_pages",
+]  # fmt: skip
 
 
 def build_program(captured: Captured) -> Program:

@@ -51,6 +51,8 @@ class StateSpec:
     bits: int
     dtype: torch.dtype
     observe_tokens: int = 0
+    # keys of a page whose bounds are kept beside the cache, so that decoding can choose pages; 0: none
+    page_tokens: int = 0
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -74,6 +76,7 @@ class StateSpec:
             key_in=f"past_key_{self.slug}",
             value_in=f"past_value_{self.slug}",
             observed_in=f"observed_{self.slug}" if self.observe_tokens else None,
+            bounds_in=f"bounds_{self.slug}" if self.page_tokens else None,
         )
 
 
@@ -84,6 +87,7 @@ class StateNames:
     key_in: str
     value_in: str
     observed_in: str | None
+    bounds_in: str | None
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,8 @@ class Program:
     inputs and outputs, and `compress` when the plan evicts tokens after prefill. Placeholders of `step`, in
     order: input_ids [B,T], position_ids [B,T], logit_positions [B,N] (rows whose logits are wanted; negative
     counts from the end), positions_<group> [B,P+T] for each group, past_key/past_value for each state,
-    observed_<region> for each state that observes. Outputs: logits [B,N,V], then key and value for each
-    state, then observed.
+    observed_<region> for each state that observes, bounds_<region> for each that chooses pages. Outputs:
+    logits [B,N,V], then key and value for each state, then observed, then bounds.
     """
 
     forward: fx.GraphModule

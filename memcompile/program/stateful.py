@@ -14,7 +14,7 @@ from torch import fx
 
 from memcompile.errors import MemcompileError
 from memcompile.program.program import PLAIN_GROUP, PositionGroup, Program, StateSpec
-from memcompile.regions import AttentionRegion, attention_regions
+from memcompile.regions import AttentionRegion, argument, attention_regions
 
 
 def assign_groups(regions: list[AttentionRegion]) -> tuple[tuple[PositionGroup, ...], dict[str, str]]:
@@ -88,8 +88,10 @@ def make_step(program: Program) -> Program:
         s.region: (added.make(s.names().key_in, None), added.make(s.names().value_in, None)) for s in states
     }
     observed = {s.region: added.make(str(s.names().observed_in), None) for s in states if s.observe_tokens}
+    bounds = {s.region: added.make(str(s.names().bounds_in), None) for s in states if s.page_tokens}
     outputs: list[fx.Node] = []
     seen: list[fx.Node] = []
+    bounded: list[fx.Node] = []
     for region, state in zip(regions, states, strict=True):
         node = region.node
         node.kwargs = {
@@ -98,6 +100,8 @@ def make_step(program: Program) -> Program:
             "past_v": past[state.region][1],
             "positions": tables[state.group],
         }
+        if state.region in bounds:
+            bounded.append(_bound_pages(node, bounds[state.region], state))
         following = node.next
         with graph.inserting_before(following):
             outputs += [graph.call_function(operator.getitem, (node, i)) for i in (1, 2)]
@@ -115,11 +119,34 @@ def make_step(program: Program) -> Program:
     logits = flat[program.logits_index]
     assert isinstance(logits, fx.Node)
     chosen = _select_rows(graph_module, logits, logit_positions)
-    output.args = ((chosen, *outputs, *seen),)
+    output.args = ((chosen, *outputs, *seen, *bounded),)
     graph.eliminate_dead_code()
     graph.lint()
     graph_module.recompile()
     return replace(program, step=graph_module, states=states, groups=groups)
+
+
+def _bound_pages(node: fx.Node, past: fx.Node, state: StateSpec) -> fx.Node:
+    """Let attention choose pages by bounds that the new keys were added to; gives the bounds' node."""
+    with node.graph.inserting_before(node):
+        bounds = node.graph.call_function(
+            torch.ops.memcompile.page_bounds.default,
+            (argument(node, "k"), past, node.kwargs["positions"], argument(node, "k_scale")),
+            {"page_tokens": state.page_tokens, "bits": state.bits},
+        )
+    node.kwargs = {**node.kwargs, "bounds": bounds}
+    return bounds
+
+
+def without_pages(program: Program) -> Program:
+    """The program with whole attention while decoding, for a backend that has no operator to choose pages."""
+    if not any(state.page_tokens for state in program.states):
+        return program
+    forward = copy_graph(program.forward)
+    for region in attention_regions(forward):
+        region.node.kwargs = {**region.node.kwargs, "page_tokens": 0}
+    forward.recompile()
+    return make_step(replace(program, forward=forward))
 
 
 def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -162,6 +189,7 @@ def _state(region: AttentionRegion, group: str) -> StateSpec:
         bits=region.bits,
         dtype=value.dtype,
         observe_tokens=region.evict.observe_tokens if region.evict else 0,
+        page_tokens=region.page_tokens,
     )
 
 

@@ -38,6 +38,8 @@ class AttentionRegion:
     softcap: float
     evict: EvictSpec | None
     kv_head_ids: tuple[int, ...]
+    # keys of a page, where decoding chooses pages; else 0
+    page_tokens: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The region as `memcompile inspect --json` prints it."""
@@ -98,6 +100,7 @@ def read_region(node: fx.Node) -> AttentionRegion:
         softcap=float(argument(node, "softcap")),
         evict=node.meta.get("evict"),
         kv_head_ids=tuple(node.meta.get("kv_head_ids", range(kv_heads))),
+        page_tokens=int(argument(node, "page_tokens")),
     )
 
 

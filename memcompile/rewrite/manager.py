@@ -185,16 +185,17 @@ def _sites(regions: Sequence[AttentionRegion]) -> list[Site]:
 
 def _refuse_overlaps(graph_module: fx.GraphModule, loaded: Sequence[Loaded]) -> None:
     """Two entries of one pass must not both claim a head or a weight: the plan would say two things."""
-    claimed: dict[tuple[str, int | str, int], PassEntry] = {}
+    claimed: dict[tuple[str, str, int | str, int], PassEntry] = {}
     if len({entry.name for entry, _ in loaded}) == len(loaded):
         return
     for entry, rewrite_pass in loaded:
+        claim = rewrite_pass.claim(entry.config)
         for region, heads in select(graph_module, entry, rewrite_pass):
             attention = isinstance(region, AttentionRegion)
             parts = region.kv_head_ids if isinstance(region, AttentionRegion) else (0,)
             for part in parts if heads is None or isinstance(heads, str) else heads:
                 place = region.layer if attention and region.layer is not None else region.region
-                other = claimed.setdefault((entry.name, place, part), entry)
+                other = claimed.setdefault((entry.name, claim, place, part), entry)
                 if other is not entry:
                     raise MemcompileError(
                         "MC109",

@@ -126,6 +126,11 @@ class Pass(ABC, Generic[RegionT, ConfigT, FactsT]):
     def rewrite(self, region: RegionT, facts: FactsT, emit: Emit) -> None:
         """Change the region through `emit`."""
 
+    def claim(self, config: ConfigT) -> str:
+        """What of a region the config settles; two entries of one plan may settle different things of it."""
+        del config
+        return ""
+
     def changes_nothing(self, config: ConfigT, workload: Workload) -> str | None:
         """Why the pass would change nothing at `workload`, if so."""
         del config, workload

@@ -110,6 +110,8 @@ class StepBinding:
             entry = caches.entry
             caches.key.bind(self._binding, entry.key_in, entry.key_out, row)
             caches.value.bind(self._binding, entry.value_in, entry.value_out, row)
+            if caches.bounds is not None:
+                caches.bounds.bind(self._binding, entry.bounds_in, entry.bounds_out, row)
             if entry.observed_in is not None and state.phase == DECODING:
                 # nobody reads the observed queries any more: none go in, and what comes out is not fetched
                 rows = state.batch if row is None else 1

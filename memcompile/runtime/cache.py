@@ -27,11 +27,12 @@ class Caches:
     value: Buffer
     observed: Buffer | None = None
     observed_next: Buffer | None = None
+    bounds: Buffer | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated for the region."""
-        buffers = (self.key, self.value, self.observed, self.observed_next)
+        buffers = (self.key, self.value, self.observed, self.observed_next, self.bounds)
         return sum(buffer.nbytes for buffer in buffers if buffer is not None)
 
 
@@ -61,6 +62,11 @@ class State:
         self.device = device
         self.tables = {g.name: SlotTable(g, batch, self._prefill_slots(g)) for g in manifest.groups}
         self.caches = [self._new_caches(entry) for entry in manifest.states]
+
+    @property
+    def chooses_pages(self) -> bool:
+        """Whether a call of one token does another thing than one of several."""
+        return any(caches.bounds is not None for caches in self.caches)
 
     @property
     def total_tokens(self) -> int:
@@ -194,6 +200,11 @@ class State:
             # two: the graph reads the old queries while it writes the new ones
             seen = (self.batch, entry.heads, group.evict.observe_tokens, entry.head_dim)
             caches.observed, caches.observed_next = (new_buffer(seen, dtype, self.device) for _ in range(2))
+        if entry.page_tokens:
+            # the group keeps every token and never grows (checked when the manifest is read)
+            pages = -(-shape[2] // entry.page_tokens)
+            bounds = (self.batch, entry.kv_heads, pages, 2 * entry.stored_width)
+            caches.bounds = new_buffer(bounds, entry.dtype, self.device)
         return caches
 
     def _dtype(self, name: str) -> str:

@@ -181,6 +181,10 @@ class EvictTokens(Pass[AttentionRegion, EvictConfig, EvictFacts]):
             )
         if region.evict is not None:
             return self.refuse(region, f"its cache is already evicted, by {region.evict.scorer.name}")
+        if region.page_tokens:
+            return self.refuse(
+                region, "its keys are chosen for every decoded token, by pages of a whole cache"
+            )
         if region.bits:
             return self.refuse(region, f"its cache is already quantised to {region.bits} bits; evict first")
         facts = EvictFacts(self._spec(region, config))

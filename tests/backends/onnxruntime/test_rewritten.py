@@ -25,6 +25,11 @@ PLANS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "evict by norm": [("kv.evict", {"score": "key_norm", "keep_fraction": 0.5})],
     "int8": [("kv.quantize", {"bits": 8})],
     "int4": [("kv.quantize", {"bits": 4})],
+    "pages": [("attention.sparse", {"selector": "pages", "keep_tokens": 32, "dense_tokens": 0})],
+    "pages of int8": [
+        ("attention.sparse", {"selector": "pages", "keep_tokens": 32, "dense_tokens": 50, "layers": "1-3"}),
+        ("kv.quantize", {"bits": 8}),
+    ],
     "all three": [
         ("attention.static", {"window_tokens": 8, "sink_tokens": 2, "layers": "every 2"}),
         ("kv.evict", {"keep_tokens": 40, "observe_tokens": 16}),
@@ -32,7 +37,7 @@ PLANS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
 }
 # a value that lies between two codes may round to the other one
-TOLERANCE = {"int8": 2e-3, "int4": 5e-2, "all three": 5e-3}
+TOLERANCE = {"int8": 2e-3, "pages of int8": 2e-3, "int4": 5e-2, "all three": 5e-3}
 
 
 def _entries(plan: list[tuple[str, dict[str, Any]]]) -> list[Any]:
