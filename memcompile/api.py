@@ -17,6 +17,7 @@ from memcompile.plan import Plan, load_plan
 from memcompile.progress import SILENT, Progress
 from memcompile.runtime import Generation, Sampling
 from memcompile.runtime.generate import generate
+from memcompile.weights.parameter import materialise
 
 PlanSource = Plan | str | os.PathLike[str] | Mapping[str, Any]
 
@@ -24,12 +25,15 @@ PlanSource = Plan | str | os.PathLike[str] | Mapping[str, Any]
 class CompiledModel(torch.nn.Module):
     """A rewritten model: called like the original, trainable, with `generate`, `export` and `report`.
 
-    Its parameters are the original's own tensors; nothing was copied.
+    Its parameters are the original's own tensors, not copies; those of a model on disk are read now.
     """
 
     def __init__(self, captured: Captured, compiled: pipeline.Compiled, plan: Plan) -> None:
         super().__init__()
         backend: Any = get_backend("torch")
+        program = compiled.program
+        # one call, so that the two functions share what they read
+        materialise(compiled.captured.graph, program.forward, *([program.step] if program.step else []))
         self.module = backend.module(compiled.captured)
         self._captured = captured
         self._compiled = compiled

@@ -14,9 +14,10 @@ import torch
 
 from memcompile.artifact.manifest import FunctionEntry, TensorEntry
 from memcompile.backends.onnxruntime.emitter import OPSET
-from memcompile.backends.onnxruntime.external import externalize
+from memcompile.backends.onnxruntime.external import externalize, name_expressions
 from memcompile.backends.onnxruntime.fuse import clean_up, name_dims
 from memcompile.errors import MemcompileError
+from memcompile.weights.parameter import hollowed
 
 WEIGHTS: Final = "weights.bin"
 # tensors smaller than this stay in the graph's own file
@@ -33,7 +34,7 @@ def to_model(
     outputs: Sequence[TensorEntry],
     examples: Sequence[torch.Tensor],
 ) -> ir.Model:
-    """Trace `module` over the examples and translate it; weights are not copied.
+    """Trace `module` over the examples and translate it; weights are neither read nor copied.
 
     A named dim of an input is dynamic.
     Raises MC901 when the exporter cannot translate an operator.
@@ -43,7 +44,7 @@ def to_model(
         for entry in inputs
     )
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), hollowed(module):
             program = torch.export.export(module, tuple(examples), dynamic_shapes=(dynamic,), strict=False)
             # what lowerings looked through is dead now, and the exporter would trace it twice more
             program.graph_module.graph.eliminate_dead_code()
@@ -55,7 +56,12 @@ def to_model(
                 input_names=[entry.name for entry in inputs],
                 output_names=[entry.name for entry in outputs],
                 verbose=False,
+                optimize=False,
             )
+            assert exported is not None
+            # the exporter's optimiser looks at values, and folds the small ones
+            name_expressions(exported.model)
+            exported.optimize()
     except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise MemcompileError(
@@ -64,7 +70,6 @@ def to_model(
             where="backends/onnxruntime/export.py",
             fix="report the model; the torch backend runs it",
         ) from error
-    assert exported is not None
     model = exported.model
     clean_up(model)
     _set_interface(model.graph, inputs, outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import onnx_ir as ir
@@ -12,8 +13,8 @@ from onnx_ir.passes.common import (
     RemoveUnusedNodesPass,
 )
 
-from memcompile.backends.onnxruntime.offsets import expand_offsets
-from memcompile.backends.onnxruntime.split_bits import split_eight_bits
+from memcompile.backends.onnxruntime.external import ExpressionTensor
+from memcompile.weights.lazy import Reshape
 
 MICROSOFT_DOMAIN = "com.microsoft"
 
@@ -21,12 +22,10 @@ MICROSOFT_DOMAIN = "com.microsoft"
 def clean_up(model: ir.Model) -> None:
     """Rewrite `model` in place."""
     RemoveUnusedNodesPass()(model)
-    expand_offsets(model.graph)
     CommonSubexpressionEliminationPass()(model)
     IdentityEliminationPass()(model)
     fuse_skip_norms(model.graph)
     fold_reshaped_weights(model.graph)
-    split_eight_bits(model.graph)
     RemoveUnusedNodesPass()(model)
     ClearMetadataAndDocStringPass()(model)
     forget_shapes(model.graph)
@@ -94,15 +93,23 @@ def fold_reshaped_weights(graph: ir.Graph) -> int:
         shape = [int(size) for size in target.numpy()]
         if any(size == 0 for size in shape):
             continue
-        reshaped = source.const_value.numpy().reshape(shape)
-        tensor = ir.tensor(reshaped, name=node.outputs[0].name)
-        value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(reshaped.shape))
+        tensor = _reshaped(source.const_value, shape, node.outputs[0].name)
+        value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
         value.const_value = tensor
         graph.register_initializer(value)
         ir.convenience.replace_all_uses_with(node.outputs[0], value)
         graph.remove(node, safe=True)
         folded += 1
     return folded
+
+
+def _reshaped(tensor: ir.TensorProtocol, shape: list[int], name: str | None) -> ir.TensorProtocol:
+    if not isinstance(tensor, ExpressionTensor):
+        return ir.tensor(tensor.numpy().reshape(shape), name=name)
+    count = tensor.size
+    known = -math.prod(shape)
+    sizes = tuple(count // known if size == -1 else size for size in shape)
+    return ExpressionTensor(Reshape(tensor.expression, sizes), name)
 
 
 def _is_early(weight: ir.Value) -> bool:

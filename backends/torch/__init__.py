@@ -11,6 +11,7 @@ from memcompile.backends.torch.triton import register_cuda
 from memcompile.errors import MemcompileError
 from memcompile.lowering import Lowered, Progress
 from memcompile.program import Program
+from memcompile.weights.parameter import materialise
 
 if TYPE_CHECKING:
     from memcompile.frontend.captured import Captured
@@ -27,10 +28,12 @@ class TorchBackend:
 
     def module(self, captured: Captured) -> RewrittenModule:
         """The rewritten model, called like the original."""
+        materialise(captured.graph)
         return RewrittenModule(captured)
 
     def session(self, program: Program, device: str = "cpu") -> TorchSession:
         """A causal program with the methods of `memcompile.runtime.Session`, on "cpu" or "cuda"."""
+        materialise(program.forward, *([program.step] if program.step is not None else []))
         return TorchSession(program, device)
 
     def lower(self, program: Program, destination: Path, *, device: str, progress: Progress) -> Lowered:

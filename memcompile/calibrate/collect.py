@@ -16,6 +16,7 @@ from memcompile.calibrate.statistics import Statistic
 from memcompile.errors import MemcompileError
 from memcompile.progress import SILENT, Progress
 from memcompile.regions import argument, attention_nodes
+from memcompile.weights.parameter import LazyParameter
 
 CACHE_VERSION = 1
 
@@ -216,6 +217,10 @@ def _digest(
 
 
 def _hash_tensor(digest: Any, tensor: torch.Tensor) -> None:
+    if isinstance(tensor, LazyParameter):
+        # what it stands for says as much as its numbers, and is not read
+        digest.update(tensor.expression.digest().encode())
+        return
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if flat.numel():
         digest.update(flat.view(torch.uint8).numpy().data)

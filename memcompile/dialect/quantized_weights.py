@@ -29,8 +29,17 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
-        tensors = (self.codes, self.scales, self.zero_points, self.offsets)
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those of its tensors that the format has, by name."""
+        named = {
+            "codes": self.codes,
+            "scales": self.scales,
+            "zero_points": self.zero_points,
+            "offsets": self.offsets,
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """What the codes stand for, [N,K]."""

@@ -14,6 +14,7 @@ from torch import fx
 
 from memcompile.errors import MemcompileError
 from memcompile.regions import ModelFacts, Refusal, TensorSpec
+from memcompile.weights.parameter import hollowed, unhollow
 
 if TYPE_CHECKING:
     from memcompile.frontend.gguf_weights import StoredWeight
@@ -26,7 +27,7 @@ class Captured:
     """A model as a graph.
 
     `graph` holds un-decomposed ATen and dialect operators; parameters are `get_attr` nodes that share the
-    model's storage, placeholders carry the names of `inputs`. `rebuild` gives the flat outputs back in the
+    model's storage, or stand for tensors on disk (`weights.parameter`); placeholders carry the names of `inputs`. `rebuild` gives the flat outputs back in the
     original's own output type; `logits_index` is the flat output that holds a causal model's logits.
     `weights` are those that are stored as the codes of a model file.
     """
@@ -66,15 +67,19 @@ def export_graph(
     *,
     as_keywords: bool = True,
 ) -> torch.export.ExportedProgram:
-    """Export `module` with the named example inputs and dynamic axes; nothing is decomposed."""
+    """Export `module` with the named example inputs and dynamic axes; nothing is decomposed.
+
+    Weights that are on disk are not read.
+    """
     try:
-        return torch.export.export(
-            module,
-            args=() if as_keywords else tuple(example_inputs.values()),
-            kwargs=dict(example_inputs) if as_keywords else None,
-            dynamic_shapes=dict(dynamic) if as_keywords else tuple(dynamic.values()),
-            strict=False,
-        )
+        with hollowed(module):
+            return torch.export.export(
+                module,
+                args=() if as_keywords else tuple(example_inputs.values()),
+                kwargs=dict(example_inputs) if as_keywords else None,
+                dynamic_shapes=dict(dynamic) if as_keywords else tuple(dynamic.values()),
+                strict=False,
+            )
     except MemcompileError:
         raise
     except Exception as error:
@@ -109,6 +114,7 @@ def flatten_program(
     exported.graph.set_codegen(fx.graph.CodeGen())
     # a fresh module: the exported one checks its inputs in a hook that knows only the original signature
     graph_module = fx.GraphModule(exported, exported.graph)
+    unhollow(graph_module)
     placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     assert len(placeholders) == len(names), (placeholders, names)
     for node, name in zip(placeholders, names, strict=True):

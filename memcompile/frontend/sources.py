@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from typing import Any
 import torch
 
 from memcompile.errors import MemcompileError
+from memcompile.frontend.lazy_model import lazy_model
+from memcompile.weights.lazy import LazyTensor
+from memcompile.weights.safetensors_files import folder_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GGUF_MAGIC = b"GGUF"
@@ -99,7 +102,9 @@ def _load_folder(folder: Path, dtype: str | None) -> LoadedModel:
             where=str(config_file),
             fix="write the folder again with save_pretrained, or download config.json again",
         ) from error
-    return _from_pretrained(folder, _architecture(config, config_file), dtype, {})
+    name = _architecture(config, config_file)
+    tensors = None if "quantization_config" in config else folder_tensors(folder)
+    return _from_pretrained(folder, name, dtype, {}, tensors)
 
 
 def _load_file(path: Path, dtype: str | None) -> LoadedModel:
@@ -137,19 +142,29 @@ def _architecture(config: dict[str, Any], where: Path) -> str:
     return "AutoModel"
 
 
-def _from_pretrained(folder: Path, class_name: str, dtype: str | None, extra: dict[str, str]) -> LoadedModel:
+def _from_pretrained(
+    folder: Path,
+    class_name: str,
+    dtype: str | None,
+    extra: dict[str, str],
+    tensors: Mapping[str, LazyTensor] | None = None,
+) -> LoadedModel:
+    """Load a model; with `tensors`, its parameters stand for these and none is read."""
     import transformers
 
     where = str(folder / extra.get("gguf_file", ""))
     with _offline():
         try:
-            module = getattr(transformers, class_name).from_pretrained(
-                folder,
-                dtype=DTYPES[dtype or "float32"],
-                trust_remote_code=False,
-                local_files_only=True,
-                **extra,
-            )
+            if tensors is not None:
+                module = lazy_model(folder, class_name, DTYPES[dtype or "float32"], tensors)
+            else:
+                module = getattr(transformers, class_name).from_pretrained(
+                    folder,
+                    dtype=DTYPES[dtype or "float32"],
+                    trust_remote_code=False,
+                    local_files_only=True,
+                    **extra,
+                )
         except MemcompileError:
             raise
         except Exception as error:

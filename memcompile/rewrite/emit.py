@@ -12,6 +12,7 @@ from torch import fx
 
 from memcompile.errors import MemcompileError
 from memcompile.rewrite.journal import Journal
+from memcompile.weights.parameter import hollow
 
 # how a node came to be at its place in the model: inherited by the nodes that replace it
 PLACE_IN_META = ("nn_module_stack", "path", "layer", "stack_trace")
@@ -145,7 +146,7 @@ def _fake_tensor(graph_module: fx.GraphModule, tensor: torch.Tensor) -> torch.Te
     for node in graph_module.graph.nodes:
         mode = getattr(node.meta.get("val"), "fake_mode", None)
         if mode is not None:
-            fake: torch.Tensor = mode.from_tensor(tensor, static_shapes=True)
+            fake: torch.Tensor = mode.from_tensor(hollow(tensor), static_shapes=True)
             return fake
     return tensor
 

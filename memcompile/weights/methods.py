@@ -5,6 +5,7 @@ Both work on blocks [N,blocks,block] in float32, alone: no data is needed.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -12,6 +13,8 @@ from typing import Final, Literal
 import torch
 
 from memcompile.dialect.quantized_weights import QuantizedWeight, in_blocks, middle_code, pack
+from memcompile.weights.lazy import PIECE_BYTES, LazyTensor, Part, Producer
+from memcompile.weights.parameter import LazyParameter
 
 ZeroPoint = Literal["none", "integer", "float"]
 
@@ -52,7 +55,12 @@ Method = Callable[[torch.Tensor, Grid, ZeroPoint], Grid]
 def quantize(
     weight: torch.Tensor, *, bits: int, block: int, zero_point: ZeroPoint, method: str
 ) -> QuantizedWeight:
-    """Quantise a weight [N,K] by the method of that name."""
+    """Quantise a weight [N,K] by the method of that name.
+
+    Of a weight that is on disk the tensors are lazy too, and computed when they are written.
+    """
+    if isinstance(weight, LazyParameter):
+        return _lazily(QuantizeRows(weight.expression, bits, block, zero_point, method))
     rows = max(1, TOGETHER // weight.shape[1])
     parts = [
         _quantize_rows(some, bits, block, zero_point, METHODS[method]) for some in torch.split(weight, rows)
@@ -66,6 +74,56 @@ def quantize(
         bits,
         weight.shape[1],
     )
+
+
+@dataclass(frozen=True)
+class QuantizeRows:
+    """A weight as codes, made a few rows at a time."""
+
+    source: LazyTensor
+    bits: int
+    block: int
+    zero_point: ZeroPoint
+    method: str
+
+    def produce(self) -> dict[str, torch.Tensor]:
+        # the same rows at once as for a weight in memory, so that the codes are the same to the last bit
+        step = max(1, TOGETHER // self.source.shape[1])
+        step *= max(1, PIECE_BYTES // (step * self.source.shape[1] * 4))
+        whole: dict[str, torch.Tensor] = {}
+        for begin in range(0, self.source.rows, step):
+            end = min(begin + step, self.source.rows)
+            found = quantize(
+                self.source.read(begin, end), bits=self.bits, block=self.block, zero_point=self.zero_point,
+                method=self.method,
+            )  # fmt: skip
+            for name, tensor in found.tensors().items():
+                if name not in whole:
+                    whole[name] = torch.empty((self.source.rows, *tensor.shape[1:]), dtype=tensor.dtype)
+                whole[name][begin:end] = tensor
+        return whole
+
+
+def _lazily(producer: QuantizeRows) -> QuantizedWeight:
+    """The tensors that the producer will give: their shapes follow from those of one row."""
+    rows, width = producer.source.shape
+    row = quantize(
+        torch.zeros(1, width), bits=producer.bits, block=producer.block, zero_point=producer.zero_point,
+        method=producer.method,
+    )  # fmt: skip
+    return lazy_weight(producer, row, rows)
+
+
+def lazy_weight(producer: Producer, row: QuantizedWeight, rows: int) -> QuantizedWeight:
+    """A quantised weight [rows,K] whose tensors are what `producer` gives, by the names of the fields.
+
+    `row` is one row of such a weight: shapes and types are taken from it.
+    """
+    parts = {
+        name: LazyParameter(Part(producer, name, (rows, *tensor.shape[1:]), tensor.dtype))
+        for name, tensor in row.tensors().items()
+    }
+    return dataclasses.replace(row, **parts)
 
 
 def _quantize_rows(

@@ -9,6 +9,7 @@ from torch import fx
 
 from memcompile.dialect.quantized_weights import QuantizedWeight
 from memcompile.regions import WeightRegion
+from memcompile.weights.parameter import hollow
 
 aten: Any = torch.ops.aten
 # what the node keeps of the one it stands for
@@ -46,7 +47,7 @@ def store(graph_module: fx.GraphModule, region: WeightRegion, weight: QuantizedW
         graph_module.register_buffer(buffer, tensor)
         with graph_module.graph.inserting_before(region.node):
             node = graph_module.graph.get_attr(buffer)
-        node.meta["val"] = tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
+        node.meta["val"] = tensor if mode is None else mode.from_tensor(hollow(tensor), static_shapes=True)
         nodes.append(node)
     return tuple(nodes)
 
