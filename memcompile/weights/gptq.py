@@ -11,6 +11,7 @@ from typing import Final
 import torch
 
 from memcompile.dialect.quantized_weights import QuantizedWeight, in_blocks, pack
+from memcompile.weights.clip import clipped_grid
 from memcompile.weights.methods import Grid, ZeroPoint, plain_grid
 
 # of the mean of the Hessian's diagonal, added to it (the paper's value)
@@ -20,17 +21,26 @@ COLUMNS: Final = 128
 
 
 def gptq(
-    weight: torch.Tensor, hessian: torch.Tensor, *, bits: int, block: int, zero_point: ZeroPoint
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    *,
+    bits: int,
+    block: int,
+    zero_point: ZeroPoint,
+    clip: bool = False,
 ) -> QuantizedWeight:
     """Quantise a weight [N,K] so that its products with the inputs behind `hessian` change least.
 
     hessian: the sum of x xᵀ over calibration inputs x, [K,K]. The grid of a block is the one that spans it
-    when its turn comes, after the errors of the blocks before it were spread.
+    when its turn comes, after the errors of the blocks before it were spread; with `clip` the best share of
+    that span.
     """
     rows, width = weight.shape
     blocks = in_blocks(weight, block)
     columns = blocks.flatten(1).clone()
     spread = _spreading(hessian, columns.shape[1])
+    # what an error in a column costs once those after it have made up for it
+    costs = torch.diag_embed(spread.diagonal().pow(-2).reshape(-1, block))
     codes = torch.empty_like(columns)
     grids: list[Grid] = []
     step = max(COLUMNS, block)
@@ -40,7 +50,12 @@ def gptq(
         for column in range(begin, end):
             if column % block == 0:
                 # one block [N,1,block]: its grid is [N,1,1]
-                grids.append(plain_grid(columns[:, None, column : column + block], bits, zero_point))
+                part, index = columns[:, None, column : column + block], column // block
+                grids.append(
+                    clipped_grid(part, costs[index : index + 1], bits, zero_point)
+                    if clip
+                    else plain_grid(part, bits, zero_point)
+                )
             grid, value = grids[-1], columns[:, column].reshape(-1, 1, 1)
             code = grid.codes(value)
             codes[:, column] = code.flatten()

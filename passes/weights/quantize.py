@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -17,13 +17,16 @@ from memcompile.dialect.quantized_embedding import quantized_embedding_cost
 from memcompile.dialect.quantized_linear import quantized_linear_cost
 from memcompile.dialect.quantized_weights import QuantizedWeight
 from memcompile.errors import MemcompileError
-from memcompile.passes.weights.calibrated import calibrate_gptq, calibrated_weight
+from memcompile.passes.weights.calibrated import Recipe, calibrate_codes, calibrated_weight
+from memcompile.passes.weights.inputs import drop_input, prepared_input
 from memcompile.progress import Progress
 from memcompile.regions import Refusal, WeightRegion, weight_regions
 from memcompile.rewrite.emit import Emit
 from memcompile.rewrite.entry import Workload
 from memcompile.rewrite.pass_ import NO_CONTEXT, Context, Exactness, Order, Pass, PassConfig, Preset
 from memcompile.weights.methods import ZeroPoint, quantize
+from memcompile.weights.place import operands
+from memcompile.weights.scaling import ScaleInputs
 
 Block = Literal[16, 32, 64, 128, 256]
 aten: Any = torch.ops.aten
@@ -39,9 +42,24 @@ class WeightsConfig(PassConfig):
         description="what a block has besides its scale: nothing (codes are symmetric), the code that stands "
         "for zero, or the float it is shifted by (exact, but read by a second, small product)",
     )
-    method: Literal["rtn", "hqq", "gptq"] = Field(
+    method: Literal["rtn", "hqq", "clip", "gptq"] = Field(
         default="rtn",
-        description="round to nearest, half-quadratic quantisation (neither needs data), or GPTQ, which does",
+        description="round to nearest, half-quadratic quantisation (neither needs data); on calibration "
+        "text: clip, where each block's range shrinks to where outputs change least, or GPTQ",
+    )
+    clip: bool = Field(default=False, description="method gptq: its grids are found as those of clip are")
+    scale_inputs: ScaleInputs = Field(
+        default="none",
+        description="before rounding, divide each input of a product, and multiply its column of the weight, "
+        "by a power of the input's mean magnitude (AWQ), or of its largest one over the weight's "
+        "(SmoothQuant); on calibration text",
+    )
+    scale_exponent: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=None, description="that power; none: the one whose outputs change least, for each input"
+    )
+    shift_inputs: bool = Field(
+        default=False,
+        description="also centre each input between its extremes on calibration text; biases make up for it",
     )
     activations: Literal["int8", "float"] = Field(
         default="int8",
@@ -86,14 +104,16 @@ class QuantizeWeights(Pass[WeightRegion, WeightsConfig, WeightsFacts]):
 
     Rewrites:  linear layers, the product that gives the logits, and the embedding of tokens. `layers` narrows
                it to layers (head and embedding are outside of all), `modules` to module paths.
-    Needs:     calibration text for method gptq; rtn and hqq look at the weights alone.
+    Needs:     calibration text for methods clip and gptq, scale_inputs and shift_inputs; without these rtn
+               and hqq look at the weights alone.
     Refuses:   weights that are computed at run time, weights already quantised.
     Loses:     at most half a step a weight: 0.4% of a block's largest magnitude at 8 bits, 7% at 4 bits;
                int8 activations lose another 0.4% of a block's largest input.
     Costs:     a float32 scale a block (1 bit a weight at 32), and as much again with float zero points; saves
                3/4 of float32 weights at 8 bits, 27/32 at 4 (block 32). Decoding reads that much less.
     Identity:  bits none.
-    Presets:   int8, int4, int4_hqq, int4_gptq: as ONNX Runtime's MatMulNBits reads them
+    Presets:   int8, int8_smooth, int8_smoothquant, int8_mptq, int4, int4_hqq, int4_awq, int4_gptq,
+               int4_awq_gptq: as ONNX Runtime's MatMulNBits reads them
     """
 
     name: ClassVar[str] = "weights.quantize"
@@ -108,6 +128,25 @@ class QuantizeWeights(Pass[WeightRegion, WeightsConfig, WeightsFacts]):
             "GGUF's Q8_0, but for its sign and float32 scales",
             "Eight bits a weight, rounded to nearest.",
         ),
+        "int8_smooth": Preset(
+            {"bits": 8, "block_size": 32, "zero_point": "none", "method": "rtn", "scale_inputs": "mean"},
+            "the scales of Lin et al. 2024, AWQ, arXiv:2306.00978, searched for int8 inputs as SmoothQuant "
+            "means them (Xiao et al. 2023, arXiv:2211.10438)",
+            "Eight bits a weight and an input, both rounded to nearest; inputs are scaled by what loses "
+            "least on calibration text.",
+        ),
+        "int8_smoothquant": Preset(
+            {"bits": 8, "block_size": 32, "method": "rtn", "scale_inputs": "largest", "scale_exponent": 0.5},
+            "Xiao et al. 2023, SmoothQuant, arXiv:2211.10438",
+            "Eight bits a weight and an input; half of an input's outliers move into the weight. The paper "
+            "rounds whole tensors, this one blocks of 32.",
+        ),
+        "int8_mptq": Preset(
+            {"bits": 8, "block_size": 32, "method": "rtn", "scale_inputs": "largest", "shift_inputs": True},
+            "Tai & Wu 2024, MPTQ-ViT, arXiv:2401.14895",
+            "Eight bits a weight and an input; inputs are centred, and scaled by a searched power. The bias "
+            "makes up for the centre.",
+        ),
         "int4": Preset(
             {"bits": 4, "block_size": 32, "zero_point": "integer", "method": "rtn"},
             "the 4-bit blocks with zero points of ONNX Runtime's MatMulNBits (com.microsoft)",
@@ -120,6 +159,24 @@ class QuantizeWeights(Pass[WeightRegion, WeightsConfig, WeightsFacts]):
             "Four bits a weight, scales fitted to a p-norm of the error. The original fits float zero "
             "points; the runtime has a fast kernel for integer ones only, so the scale is fitted instead.",
         ),
+        "int4_awq": Preset(
+            {"bits": 4, "block_size": 32, "zero_point": "integer", "method": "clip", "scale_inputs": "mean"},
+            "Lin et al. 2024, AWQ, arXiv:2306.00978; the blocks of ONNX Runtime's MatMulNBits",
+            "Four bits a weight: inputs are scaled by a searched power of their mean magnitude, then each "
+            "block's range is clipped to where outputs change least.",
+        ),
+        "int4_awq_gptq": Preset(
+            {
+                "bits": 4,
+                "block_size": 32,
+                "zero_point": "integer",
+                "method": "gptq",
+                "clip": True,
+                "scale_inputs": "mean",
+            },
+            "Lin et al. 2024, AWQ, arXiv:2306.00978, and Frantar et al. 2023, GPTQ, arXiv:2210.17323",
+            "Four bits a weight: AWQ's scales and clipped ranges, GPTQ's rounding.",
+        ),
         "int4_gptq": Preset(
             {"bits": 4, "block_size": 32, "zero_point": "integer", "method": "gptq"},
             "Frantar et al. 2023, GPTQ, arXiv:2210.17323; the blocks of ONNX Runtime's MatMulNBits",
@@ -129,7 +186,8 @@ class QuantizeWeights(Pass[WeightRegion, WeightsConfig, WeightsFacts]):
     }
 
     def needs_calibration(self, config: WeightsConfig) -> bool:
-        return config.bits is not None and config.method == "gptq"
+        by_data = config.method in ("clip", "gptq") or config.scale_inputs != "none" or config.shift_inputs
+        return config.bits is not None and by_data
 
     def calibrate(
         self,
@@ -139,15 +197,18 @@ class QuantizeWeights(Pass[WeightRegion, WeightsConfig, WeightsFacts]):
         data: CalibrationData,
         progress: Progress,
     ) -> Calibration:
-        return calibrate_gptq(
-            graph_module,
-            regions,
-            bits=config.bits or 8,
+        recipe = Recipe(
+            bits={region.region: config.bits or 8 for region in regions},
             block=config.block_size,
             zero_point=config.zero_point,
-            data=data,
-            progress=progress,
+            method=config.method,
+            clip=config.clip,
+            scale_inputs=config.scale_inputs,
+            exponent=config.scale_exponent,
+            shift_inputs=config.shift_inputs,
+            int8_activations=config.activations == "int8",
         )
+        return calibrate_codes(graph_module, regions, recipe, data, progress)
 
     def identity(self) -> WeightsConfig:
         return WeightsConfig(bits=None)
@@ -216,7 +277,11 @@ class QuantizeWeights(Pass[WeightRegion, WeightsConfig, WeightsFacts]):
                 before=node,
             )  # fmt: skip
         else:
-            x, bias = _operands(node)
+            source, bias = operands(node)
+            x = prepared_input(source, emit.statistics, emit, node)
+            if "bias" in emit.statistics:
+                moved = emit.statistics["bias"].to(node.meta["val"].dtype)
+                bias = emit.buffer(f"{region.region}_bias", moved, before=node)
             made = emit.call(
                 torch.ops.memcompile.quantized_linear.default,
                 x, *arguments, bias, facts.bits, facts.int8_activations,
@@ -228,6 +293,8 @@ class QuantizeWeights(Pass[WeightRegion, WeightsConfig, WeightsFacts]):
         emit.erase(node)
         if not weight.users:
             emit.erase(weight)
+        if region.kind != "embedding":
+            drop_input(source, emit)
 
     def cost(self, region: WeightRegion, facts: WeightsFacts, workload: Workload) -> Cost:
         kind = {"zero_points": facts.zero_point == "integer", "offsets": facts.zero_point == "float"}
@@ -246,13 +313,6 @@ def _matches(pattern: str, region: WeightRegion) -> bool:
     return any(fnmatch.fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
 
 
-def _operands(node: fx.Node) -> tuple[Any, Any]:
-    """Input and bias of a product."""
-    if node.target is aten.addmm.default:
-        return node.args[1], node.args[0]
-    return node.args[0], node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-
-
 def _shared(graph_module: fx.GraphModule, stored: tuple[object, ...]) -> tuple[Any, ...] | None:
     """The codes of a weight that another region stored before: a tied head and embedding keep one copy."""
     for node in graph_module.graph.nodes:
@@ -266,8 +326,8 @@ def _store(region: WeightRegion, facts: WeightsFacts, emit: Emit) -> tuple[fx.No
     assert weight is not None
     found = calibrated_weight(emit.statistics, facts.bits, region.width)
     if found is None:
-        # a table of rows multiplies nothing, so that GPTQ has no data for it: it is rounded
-        method = "rtn" if facts.method == "gptq" else facts.method
+        # a table of rows multiplies nothing, so that there is no data for it: it is rounded
+        method = "hqq" if facts.method == "hqq" else "rtn"
         found = quantize(
             weight, bits=facts.bits, block=facts.block, zero_point=facts.zero_point, method=method
         )
