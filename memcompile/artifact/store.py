@@ -27,6 +27,9 @@ _BLOCK_BYTES: Final = 1 << 20
 _FULL_DISK: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
+# beside a file that is being written, hidden: the file so far, and a list of what is whole in it
+UNFINISHED: Final = ".unfinished"
+JOURNAL: Final = ".journal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +166,9 @@ class ArtifactWriter:
     ```
 
     Leaving the block without `commit` removes everything written. What a killed process left is removed
-    by the next writer of the same name. With `force` an existing artifact is exchanged in one step, so
-    its name never stands for nothing. Raises MC508 (the name is taken) and MC509 (writing failed).
+    by the next writer of the same name, which goes on with the weights that were being written. With
+    `force` an existing artifact is exchanged in one step, so its name never stands for nothing.
+    Raises MC508 (the name is taken) and MC509 (writing failed).
     """
 
     def __init__(self, target: str | os.PathLike[str], *, force: bool = False) -> None:
@@ -179,9 +183,9 @@ class ArtifactWriter:
         self._check_target()
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            clean_stale(self.target)
             self.path.mkdir()
             self._lock = _lock(self.path)
+            clean_stale(self.target, into=self.path)
         except OSError as error:
             raise self._failed(error) from error
         return self
@@ -265,19 +269,32 @@ class ArtifactWriter:
         )  # fmt: skip
 
 
-def clean_stale(target: Path) -> list[Path]:
-    """Remove what killed writers of `target` left; what one that still runs has locked stays."""
+def clean_stale(target: Path, *, into: Path | None = None) -> list[Path]:
+    """Remove what killed writers of `target` left; what one that still runs has locked stays.
+
+    Unfinished files with a journal of what is whole in them are moved to the directory `into`.
+    """
     removed = []
     for path in target.parent.glob(f".{_escaped(target.name)}.partial-*"):
         try:
             lock = _lock(path)
         except OSError:
             continue
+        if into is not None:
+            _salvage(path, into)
         shutil.rmtree(path, ignore_errors=True)
         if lock is not None:
             os.close(lock)
         removed.append(path)
     return removed
+
+
+def _salvage(old: Path, new: Path) -> None:
+    for journal in sorted(old.glob(f".*{JOURNAL}")):
+        unfinished = journal.with_name(journal.name.removesuffix(JOURNAL) + UNFINISHED)
+        if unfinished.is_file() and not (new / unfinished.name).exists():
+            unfinished.rename(new / unfinished.name)
+            journal.rename(new / journal.name)
 
 
 def _escaped(name: str) -> str:

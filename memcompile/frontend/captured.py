@@ -27,9 +27,10 @@ class Captured:
     """A model as a graph.
 
     `graph` holds un-decomposed ATen and dialect operators; parameters are `get_attr` nodes that share the
-    model's storage, or stand for tensors on disk (`weights.parameter`); placeholders carry the names of `inputs`. `rebuild` gives the flat outputs back in the
-    original's own output type; `logits_index` is the flat output that holds a causal model's logits.
-    `weights` are those that are stored as the codes of a model file.
+    model's storage, or stand for tensors on disk (`weights.parameter`); placeholders carry the names of
+    `inputs`. `rebuild` gives the flat outputs back in the original's own output type; `logits_index` is the
+    flat output that holds a causal model's logits. `weights` are those that are stored as the codes of a
+    model file.
     """
 
     graph: fx.GraphModule

@@ -188,7 +188,7 @@ def unhollow(module: torch.nn.Module) -> None:
 
 
 def materialise(*modules: torch.nn.Module) -> None:
-    """Evaluate the lazy tensors of modules in place; those that stand for one expression become one tensor."""
+    """Evaluate the lazy tensors of modules in place; equal expressions become one tensor."""
     made: dict[LazyTensor, torch.Tensor] = {}
 
     def real(tensor: torch.Tensor) -> torch.Tensor:

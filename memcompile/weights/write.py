@@ -1,7 +1,7 @@
 """Write expressions into one file, piece by piece, equal tensors once; a write that was killed goes on.
 
 While a piece is digested and written, the next one is computed. A journal beside the unfinished file says
-which tensors are whole; `salvage` carries both into the directory of the next attempt.
+which tensors are whole; `ArtifactWriter` carries both into the directory of the next attempt.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from typing import IO, Any, Final
 
 import torch
 
+from memcompile.artifact.store import JOURNAL, UNFINISHED
 from memcompile.weights.lazy import PIECE_BYTES, LazyTensor, Reshape, forget_parts
 
 # pieces that are computed before they can be written
 _AHEAD: Final = 2
-_UNFINISHED: Final = ".unfinished"
-_JOURNAL: Final = ".journal"
 _MIB: Final = 1 << 20
 
 _watcher: ContextVar[Callable[[int, int], None] | None] = ContextVar("watcher", default=None)
@@ -96,17 +95,8 @@ def write_tensors(path: Path, tensors: Sequence[LazyTensor]) -> list[Place]:
     return [places[tensor] for tensor in same]
 
 
-def salvage(old: Path, new: Path) -> None:
-    """Move unfinished files and their journals from a dead directory into the one that takes its place."""
-    for journal in sorted(old.glob(f".*{_JOURNAL}")):
-        unfinished = journal.with_name(journal.name.removesuffix(_JOURNAL) + _UNFINISHED)
-        if unfinished.is_file():
-            unfinished.rename(new / unfinished.name)
-            journal.rename(new / journal.name)
-
-
 def _beside(path: Path) -> tuple[Path, Path]:
-    return path.with_name(f".{path.name}{_UNFINISHED}"), path.with_name(f".{path.name}{_JOURNAL}")
+    return path.with_name(f".{path.name}{UNFINISHED}"), path.with_name(f".{path.name}{JOURNAL}")
 
 
 def _bytes_of(tensor: LazyTensor) -> LazyTensor:
