@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from memcompile.backends.onnxruntime.emitter import Emitter, emit, lowers
-from memcompile.backends.onnxruntime.finish import ATTENTION, PAGE_BOUNDS
+from memcompile.backends.onnxruntime.finish import ATTENTION, MEASURED, PAGE_BOUNDS
 from memcompile.backends.onnxruntime.layout import pack_heads, remember_output
 from memcompile.dialect import visible_keys
 from memcompile.regions import argument
@@ -54,6 +54,7 @@ def lower_attention(emitter: Emitter, node: fx.Node) -> tuple[torch.Tensor, ...]
         "pattern_from": int(facts["pattern_from"]),
         "masked": int(facts["mask"] is not None),
         **{name: int(facts[name]) for name in ("page_tokens", "page_keep", "page_from")},
+        **{name: int(bool(node.meta.get(name))) for name in MEASURED},
         **{name: int(facts[name]) for name in ("causal", "window", "sinks", "block", "stride")},
     }
     scales: list[torch.Tensor | None] = [None, None]

@@ -28,7 +28,7 @@ from memcompile.backends.onnxruntime.finish import kernels_of, portable
 from memcompile.backends.onnxruntime.genai import GENAI_CONFIG, GENAI_MODEL, is_plain, write_genai
 from memcompile.backends.onnxruntime.interface import StepInterface, step_interface
 from memcompile.backends.onnxruntime.timed import CHUNK_TOKENS
-from memcompile.backends.onnxruntime.tuned import tuned_choices, with_choices
+from memcompile.backends.onnxruntime.tuned import measure_switches, tuned_choices, with_choices
 from memcompile.errors import MemcompileError
 from memcompile.lowering import Lowered, Progress, inline_higher_order
 from memcompile.lowering.interface import forward_interface, step_sizes
@@ -109,6 +109,8 @@ class OnnxRuntimeBackend:
         choices = tuned_choices(
             model, interface.states, interface.groups, self._workload, self._database, chunk
         )
+        switches = measure_switches(model, self._workload, self._database)
+        choices = replace(choices, decisions=(*choices.decisions, *switches))
         fast = with_choices(model, choices)
         kernels = kernels_of(fast)
         if not kernels:

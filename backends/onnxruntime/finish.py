@@ -27,6 +27,9 @@ _KERNEL_INTS: Final = (
     "pattern_from", "splits", "key_tile", "page_tokens", "page_keep", "page_from",
 )  # fmt: skip
 
+# set where the place to begin choosing is to be measured: see tuned.py
+MEASURED: Final = ("measure_pattern_from", "measure_page_from")
+
 Chooses = Callable[[ir.Node], bool]
 
 

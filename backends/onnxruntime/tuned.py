@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import onnx_ir as ir
 
 from memcompile.artifact.manifest import GroupEntry, StateEntry
 from memcompile.backends.onnxruntime.finish import (
     BOUNDS,
+    MEASURED,
     PAST_K,
     PATTERN,
     all_inputs,
@@ -18,8 +19,12 @@ from memcompile.backends.onnxruntime.finish import (
     with_kernels,
 )
 from memcompile.backends.onnxruntime.timed import BACKEND, PACKAGES
+from memcompile.progress import SILENT, Progress
 from memcompile.tuning import KERNELS, Ask, Choices, Database, Shape, Workload, choose
+from memcompile.tuning.crossover import Rule, Switch, find_switch
 
+# distinct rules that are measured for one artifact
+MOST_RULES: Final = 3
 _SIZES: Final = ("bits", "window", "sinks", "block", "stride")
 
 
@@ -45,6 +50,63 @@ def tuned_choices(
         if (region := region_of(node)) and _is_tunable(node)
     ]
     return choose(database, BACKEND, asks, workload, dtype="float32", packages=PACKAGES, chunk=chunk)
+
+
+def measure_switches(
+    model: ir.Model, workload: Workload | None, database: Database, progress: Progress = SILENT
+) -> list[dict[str, Any]]:
+    """Set in the traced model from how many keys on regions choose among them; gives the decisions.
+
+    Each rule is measured once on this machine. Where more than `MOST_RULES` differ, as when every layer has
+    patterns of its own, some stand for all, and all begin where the last of them does.
+    Without a workload the defaults stay. Raises MC122.
+    """
+    decisions: list[dict[str, Any]] = []
+    for measured, begin in zip(MEASURED, ("pattern_from", "page_from"), strict=True):
+        rules: dict[Rule, list[ir.Node]] = {}
+        for node in attention_nodes(model):
+            if can_run(node) and node.attributes.get_int(measured, 0):
+                rules.setdefault(_rule_of(node, measured), []).append(node)
+        if not rules:
+            continue
+        nodes = [node for group in rules.values() for node in group]
+        regions = ", ".join(region_of(node) for node in nodes)
+        found = None if workload is None else _switch(list(rules), workload, database, progress)
+        if found is None:
+            tokens = nodes[0].attributes.get_int(begin)
+            text = f"keys are chosen from {tokens:,} on, the default, not measured here"
+        else:
+            text = found.sentence()
+            for node in nodes:
+                node.attributes.add(ir.AttrInt64(begin, found.dense_tokens))
+        decisions.append({"tuned": "attention.sparse", "regions": regions, "decision": text})
+    return decisions
+
+
+def _switch(
+    rules: Sequence[Rule], workload: Workload, database: Database, progress: Progress
+) -> Switch | None:
+    most = workload.prompt_tokens + workload.new_tokens
+    step = -(-len(rules) // MOST_RULES)
+    found = [
+        find_switch(rule, database, most_tokens=most, threads=workload.threads, progress=progress)
+        for rule in rules[::step]
+    ]
+    switches = [switch for switch in found if switch is not None]
+    return max(switches, key=lambda switch: switch.dense_tokens) if len(switches) == len(found) else None
+
+
+def _rule_of(node: ir.Node, measured: str) -> Rule:
+    shape, names = shape_of(node), node.attributes
+    sizes = (shape.heads, shape.kv_heads, shape.width, shape.bits)
+    if measured == "measure_page_from":
+        return Rule(*sizes, page_tokens=names.get_int("page_tokens"), page_keep=names.get_int("page_keep"))
+    pattern = all_inputs(node)[PATTERN]
+    assert pattern is not None
+    stored = ir.convenience.get_const_tensor(pattern)
+    assert stored is not None
+    rows = tuple(tuple(int(number) for number in row) for row in stored.numpy())
+    return Rule(*sizes, pattern=rows, block=names.get_int("block_tokens"))
 
 
 def with_choices(model: ir.Model, choices: Choices) -> ir.Model:

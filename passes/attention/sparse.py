@@ -26,6 +26,8 @@ from memcompile.rewrite.pass_ import NO_CONTEXT, Context, Exactness, Order, Pass
 from memcompile.rewrite.selectors import Site, parse_layers
 
 UNLIMITED: Final = 2**30
+# where nothing is measured: every preset was ahead at 4,000 tokens (docs/results/sparse-prefill.md)
+DENSE_TOKENS: Final = 2048
 # enough to see which diagonals and columns matter, little enough to be searched in a minute
 SEARCH_TOKENS: Final = 4096
 Selector = Literal["shape", "blocks", "antidiagonal", "vertical_slash", "searched", "pages"]
@@ -36,11 +38,12 @@ class SparseConfig(PassConfig):
 
     selector: Selector = Field(default="blocks", description="the rule that chooses")
     block_tokens: Literal[32, 64, 128] = Field(default=64, description="keys and queries of a block")
-    dense_tokens: int = Field(
-        default=2048,
+    dense_tokens: int | None = Field(
+        default=None,
         ge=0,
         le=UNLIMITED,
-        description="up to so many tokens everything is looked at: below, choosing costs more than it saves",
+        description="up to so many tokens everything is looked at: below, choosing costs more than it saves; "
+        "none: measured while optimising for ONNX Runtime, 2,048 elsewhere",
     )
     first_tokens: int = Field(default=100, ge=0, le=UNLIMITED, description="shape, blocks: always looked at")
     local_tokens: int = Field(
@@ -77,6 +80,11 @@ class SparseConfig(PassConfig):
         return value
 
     @property
+    def dense(self) -> int:
+        """Tokens up to which everything is looked at, unless they are measured."""
+        return DENSE_TOKENS if self.dense_tokens is None else self.dense_tokens
+
+    @property
     def keep_pages(self) -> int:
         """Whole pages that `keep_tokens` come to."""
         return -(-self.keep_tokens // self.page_tokens)
@@ -100,7 +108,8 @@ _IN_TOKENS: Final = ("keep_tokens", "first_tokens", "local_tokens")
 class SparseFacts:
     """The pattern of all heads, None when each has its own from calibration, and its block and threshold.
 
-    page_tokens, page_keep: of a decoded token's choice; 0: it looks at everything.
+    page_tokens, page_keep: of a decoded token's choice; 0: it looks at everything. measured: a backend that
+    can measure where choosing begins to be faster does so.
     """
 
     pattern: tuple[int, int, int, int] | None
@@ -108,6 +117,7 @@ class SparseFacts:
     dense_tokens: int
     page_tokens: int = 0
     page_keep: int = 0
+    measured: bool = False
 
 
 class SparseAttention(Pass[AttentionRegion, SparseConfig, SparseFacts]):
@@ -202,9 +212,9 @@ class SparseAttention(Pass[AttentionRegion, SparseConfig, SparseFacts]):
 
     def changes_nothing(self, config: SparseConfig, workload: Workload) -> str | None:
         total = workload.prompt_tokens + workload.new_tokens
-        if config.dense_tokens >= total:
+        if config.dense >= total:
             return (
-                f"dense_tokens is {config.dense_tokens}, and the workload has {total} tokens, so everything "
+                f"dense_tokens is {config.dense}, and the workload has {total} tokens, so everything "
                 "is looked at"
             )
         if config.selector == "pages" and config.keep_tokens >= total:
@@ -228,7 +238,8 @@ class SparseAttention(Pass[AttentionRegion, SparseConfig, SparseFacts]):
             return self._check_pages(region, config)
         if argument(region.node, "pattern") is not None:
             return self.refuse(region, "it already chooses its keys while a prompt is read")
-        return SparseFacts(config.pattern(), config.block_tokens, config.dense_tokens)
+        measured = config.dense_tokens is None
+        return SparseFacts(config.pattern(), config.block_tokens, config.dense, measured=measured)
 
     def _check_pages(self, region: AttentionRegion, config: SparseConfig) -> SparseFacts | Refusal:
         if region.page_tokens:
@@ -237,7 +248,8 @@ class SparseAttention(Pass[AttentionRegion, SparseConfig, SparseFacts]):
             return self.refuse(region, f"its cache holds only a window of {region.window_tokens} tokens")
         if region.evict is not None:
             return self.refuse(region, "its cache is evicted after prefill, and pages are of a whole cache")
-        return SparseFacts(None, 0, config.dense_tokens, config.page_tokens, config.keep_pages)
+        measured = config.dense_tokens is None
+        return SparseFacts(None, 0, config.dense, config.page_tokens, config.keep_pages, measured)
 
     def needs_calibration(self, config: SparseConfig) -> bool:
         return config.selector == "searched"
@@ -260,6 +272,8 @@ class SparseAttention(Pass[AttentionRegion, SparseConfig, SparseFacts]):
         )
 
     def rewrite(self, region: AttentionRegion, facts: SparseFacts, emit: Emit) -> None:
+        if facts.measured:
+            emit.mark(region.node, "measure_page_from" if facts.page_tokens else "measure_pattern_from", True)
         if facts.page_tokens:
             emit.update(
                 region.node,

@@ -11,6 +11,8 @@ import onnx_ir as ir
 import pytest
 
 from memcompile.artifact.manifest import parse_manifest
+from memcompile.backends.onnxruntime import tuned
+from memcompile.backends.onnxruntime.backend import KERNEL_MODEL, OnnxRuntimeBackend
 from memcompile.errors import MemcompileError
 from memcompile.lowering import get_backend
 from memcompile.program import build_program
@@ -18,6 +20,8 @@ from memcompile.progress import SILENT
 from memcompile.rewrite.manager import apply
 from memcompile.runtime import Session, load
 from memcompile.runtime import session as runtime_session
+from memcompile.tuning import Database, Workload
+from memcompile.tuning.crossover import Rule, Switch, switch_of
 from tests.backends.onnxruntime.build import artifact_of
 from tests.models import captured_tiny
 from tests.rewrite.tiny import entry
@@ -78,7 +82,7 @@ def test_both_graphs_have_the_interface_of_the_manifest(artifacts: tuple[Path, P
 
 def test_what_chooses_nothing_is_recorded(tmp_path: Path) -> None:
     captured = captured_tiny("llama")
-    apply(captured.graph, [entry("attention.sparse", selector="pages", layers=1)])
+    apply(captured.graph, [entry("attention.sparse", selector="pages", layers=1, dense_tokens=0)])
     lowered = get_backend("onnxruntime").lower(
         build_program(captured), tmp_path, device="cpu", progress=SILENT.stage
     )
@@ -100,3 +104,35 @@ def test_a_manifest_whose_pages_make_no_sense_is_refused(artifacts: tuple[Path, 
         data = replace(manifest, states=(wrong, *manifest.states[1:])).as_dict()
         with pytest.raises(MemcompileError, match=r"MC505.*(go together|no output 'logits2')"):
             parse_manifest(json.dumps(data))
+
+
+def test_the_artifact_switches_where_it_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Rule, int]] = []
+
+    def measured(rule: Rule, database: Database, *, most_tokens: int, **_: object) -> Switch:
+        asked.append((rule, most_tokens))
+        return switch_of([(512, 0.9), (1024, 2.0)])
+
+    monkeypatch.setattr(tuned, "find_switch", measured)
+    captured = captured_tiny("llama")
+    apply(
+        captured.graph,
+        [
+            entry("attention.sparse", selector="pages", layers=0),
+            entry("attention.sparse", selector="shape", layers=1),
+        ],
+    )
+    program = build_program(captured)
+    for workload, begin in ((None, 2048), (Workload(3000, 100), 512)):
+        folder = tmp_path / str(begin)
+        folder.mkdir()
+        lowered = OnnxRuntimeBackend(workload, Database(tmp_path / "none.json")).lower(
+            program, folder, device="cpu", progress=SILENT.stage
+        )
+        nodes = [n for n in ir.load(folder / KERNEL_MODEL).graph if n.op_type == "Attention"]
+        assert [n.attributes.get_int("page_from") for n in nodes] == [begin, 0]
+        assert [n.attributes.get_int("pattern_from") for n in nodes] == [0, begin]
+        texts = [d["decision"] for d in lowered.decisions if d.get("tuned") == "attention.sparse"]
+        assert len(texts) == 2
+        assert all(text.startswith(f"keys are chosen from {begin:,} on") for text in texts)
+    assert [(rule.page_keep, rule.block, most) for rule, most in asked] == [(0, 64, 3100), (400, 0, 3100)]
