@@ -23,6 +23,7 @@ from memcompile.rewrite.fingerprint import graph_text
 from memcompile.weights.clip import clipped
 from memcompile.weights.gptq import gptq
 from memcompile.weights.methods import ZeroPoint, quantize
+from memcompile.weights.parameter import LazyParameter
 from memcompile.weights.place import operands, tensors_of
 from memcompile.weights.scaling import EXPONENTS, Inputs, ScaleInputs, search_scale
 
@@ -226,6 +227,9 @@ def digest_of(graph_module: fx.GraphModule, settings: Iterable[object], data: Ca
     for index, window in enumerate(data.windows):
         tensors |= {f"window {index} {name}": tensor for name, tensor in window.items()}
     for name, tensor in sorted(tensors.items()):
+        if isinstance(tensor, LazyParameter):
+            digest.update(f"{name} {tensor.expression.digest()}".encode())
+            continue
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if flat.numel():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import fx
 
 from memcompile.calibrate.collect import Calibration, CalibrationData
@@ -18,6 +18,7 @@ from memcompile.dialect.quantized_linear import quantized_linear_cost
 from memcompile.dialect.quantized_weights import QuantizedWeight
 from memcompile.errors import MemcompileError
 from memcompile.passes.weights.calibrated import Recipe, calibrate_codes, calibrated_weight
+from memcompile.passes.weights.choose import choose_bits, joined
 from memcompile.passes.weights.inputs import drop_input, prepared_input
 from memcompile.progress import Progress
 from memcompile.regions import Refusal, WeightRegion, weight_regions
@@ -35,7 +36,23 @@ aten: Any = torch.ops.aten
 class WeightsConfig(PassConfig):
     """Which weights, how many bits, and how the codes are found."""
 
-    bits: Literal[8, 4] | None = Field(default=8, description="of a weight; none: leave the weights alone")
+    exclusive = (("average_bits", "max_bytes", "max_loss"),)
+
+    bits: Literal[8, 4, "mixed"] | None = Field(
+        default=8,
+        description="of a weight; mixed: 8 or 4 by weight, under one of the three budgets; none: leave the "
+        "weights alone",
+    )
+    average_bits: Annotated[float, Field(ge=4, le=8)] | None = Field(
+        default=None, description="bits mixed: of a code, the mean over weights; scales come on top"
+    )
+    max_bytes: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="bits mixed: of all codes, scales and zero points"
+    )
+    max_loss: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="bits mixed: the predicted divergence from the model's own logits, nats a token",
+    )
     block_size: Block = Field(default=32, description="inputs that share a scale")
     zero_point: ZeroPoint = Field(
         default="none",
@@ -82,16 +99,27 @@ class WeightsConfig(PassConfig):
         # YAML reads a bare none as text
         return None if value == "none" else value
 
+    @model_validator(mode="after")
+    def _mixed_has_a_budget(self) -> WeightsConfig:
+        given = [name for name in self.exclusive[0] if getattr(self, name) is not None]
+        if (self.bits == "mixed") != (len(given) == 1):
+            raise ValueError(
+                "bits: mixed takes one of average_bits, max_bytes and max_loss, and they are for it alone; "
+                f"bits is {self.bits}, given: {', '.join(given) or 'none'}"
+            )
+        return self
+
 
 @dataclass(frozen=True, slots=True)
 class WeightsFacts:
-    """The format of one weight."""
+    """The format of one weight. bits: where they are mixed, the most; share: of those bytes, expected."""
 
     bits: int
     block: int
     zero_point: ZeroPoint
     method: str
     int8_activations: bool
+    share: float = 1.0
 
     @property
     def format(self) -> tuple[object, ...]:
@@ -113,7 +141,7 @@ class QuantizeWeights(Pass[WeightRegion, WeightsConfig, WeightsFacts]):
                3/4 of float32 weights at 8 bits, 27/32 at 4 (block 32). Decoding reads that much less.
     Identity:  bits none.
     Presets:   int8, int8_smooth, int8_smoothquant, int8_mptq, int4, int4_hqq, int4_awq, int4_gptq,
-               int4_awq_gptq: as ONNX Runtime's MatMulNBits reads them
+               int4_awq_gptq, mixed_5bit: as ONNX Runtime's MatMulNBits reads them
     """
 
     name: ClassVar[str] = "weights.quantize"
@@ -177,6 +205,20 @@ class QuantizeWeights(Pass[WeightRegion, WeightsConfig, WeightsFacts]):
             "Lin et al. 2024, AWQ, arXiv:2306.00978, and Frantar et al. 2023, GPTQ, arXiv:2210.17323",
             "Four bits a weight: AWQ's scales and clipped ranges, GPTQ's rounding.",
         ),
+        "mixed_5bit": Preset(
+            {
+                "bits": "mixed",
+                "average_bits": 5.0,
+                "block_size": 32,
+                "zero_point": "integer",
+                "method": "clip",
+                "scale_inputs": "mean",
+            },
+            "the greedy allocation of Tai & Wu 2024, MPTQ-ViT, arXiv:2401.14895, over AWQ's weights "
+            "(Lin et al. 2024, arXiv:2306.00978)",
+            "Four or eight bits by weight, five on average: what loses least for its bytes gets four. "
+            "Losses are predicted in the Fisher metric, and not measured layer by layer.",
+        ),
         "int4_gptq": Preset(
             {"bits": 4, "block_size": 32, "zero_point": "integer", "method": "gptq"},
             "Frantar et al. 2023, GPTQ, arXiv:2210.17323; the blocks of ONNX Runtime's MatMulNBits",
@@ -186,8 +228,7 @@ class QuantizeWeights(Pass[WeightRegion, WeightsConfig, WeightsFacts]):
     }
 
     def needs_calibration(self, config: WeightsConfig) -> bool:
-        by_data = config.method in ("clip", "gptq") or config.scale_inputs != "none" or config.shift_inputs
-        return config.bits is not None and by_data
+        return config.bits == "mixed" or (config.bits is not None and _reads_data(config))
 
     def calibrate(
         self,
@@ -197,8 +238,16 @@ class QuantizeWeights(Pass[WeightRegion, WeightsConfig, WeightsFacts]):
         data: CalibrationData,
         progress: Progress,
     ) -> Calibration:
+        bits = {region.region: 8 if config.bits is None else config.bits for region in regions}
+        chosen = None
+        if config.bits == "mixed":
+            chosen = choose_bits(graph_module, regions, config, data, progress)
+            bits = {name: int(found["bits"]) for name, found in chosen.statistics.items()}
+        if not _reads_data(config):
+            assert chosen is not None
+            return chosen
         recipe = Recipe(
-            bits={region.region: config.bits or 8 for region in regions},
+            bits=bits,
             block=config.block_size,
             zero_point=config.zero_point,
             method=config.method,
@@ -208,7 +257,8 @@ class QuantizeWeights(Pass[WeightRegion, WeightsConfig, WeightsFacts]):
             shift_inputs=config.shift_inputs,
             int8_activations=config.activations == "int8",
         )
-        return calibrate_codes(graph_module, regions, recipe, data, progress)
+        codes = calibrate_codes(graph_module, regions, recipe, data, progress)
+        return codes if chosen is None else joined(codes, chosen)
 
     def identity(self) -> WeightsConfig:
         return WeightsConfig(bits=None)
@@ -261,12 +311,19 @@ class QuantizeWeights(Pass[WeightRegion, WeightsConfig, WeightsFacts]):
             return self.refuse(region, f"its weight is already quantised to {region.bits} bits")
         if region.stored is None:
             return self.refuse(region, "its weight is computed at run time")
+        bits = 8 if config.bits == "mixed" else config.bits
+        share = 1.0 if config.average_bits is None else config.average_bits / 8
         return WeightsFacts(
-            config.bits, config.block_size, config.zero_point, config.method, config.activations == "int8"
+            bits, config.block_size, config.zero_point, config.method, config.activations == "int8", share
         )
 
     def rewrite(self, region: WeightRegion, facts: WeightsFacts, emit: Emit) -> None:
         node, weight = region.node, region.weight
+        if "bits" in emit.statistics:
+            facts = replace(facts, bits=int(emit.statistics["bits"]))
+            emit.decide(
+                f"{facts.bits} bits; predicted to lose {float(emit.statistics['loss']):.2g} nats a token"
+            )
         stored = (*facts.format, str(weight.target))
         shared = _shared(emit.graph_module, stored)
         arguments = shared if shared is not None else _store(region, facts, emit)
@@ -299,12 +356,24 @@ class QuantizeWeights(Pass[WeightRegion, WeightsConfig, WeightsFacts]):
     def cost(self, region: WeightRegion, facts: WeightsFacts, workload: Workload) -> Cost:
         kind = {"zero_points": facts.zero_point == "integer", "offsets": facts.zero_point == "float"}
         if region.kind == "embedding":
-            return quantized_embedding_cost(
+            full = quantized_embedding_cost(
                 tokens=workload.batch, K=region.width, block=facts.block, bits=facts.bits, **kind
             )
-        return quantized_linear_cost(
-            tokens=workload.batch, K=region.width, N=region.rows, block=facts.block, bits=facts.bits, **kind
-        )
+        else:
+            full = quantized_linear_cost(
+                tokens=workload.batch,
+                K=region.width,
+                N=region.rows,
+                block=facts.block,
+                bits=facts.bits,
+                **kind,
+            )
+        return replace(full, bytes_moved=int(full.bytes_moved * facts.share))
+
+
+def _reads_data(config: WeightsConfig) -> bool:
+    """Whether calibration text decides about the codes themselves."""
+    return config.method in ("clip", "gptq") or config.scale_inputs != "none" or config.shift_inputs
 
 
 def _matches(pattern: str, region: WeightRegion) -> bool:
