@@ -202,5 +202,5 @@ def _lower_forward(program: Program, destination: Path, device: str) -> Function
     inputs, outputs = interface.inputs, interface.outputs
     module = _Forward(inline_higher_order(program.forward), wide=wide)
     examples = [example(entry, interface.sizes) for entry in inputs]
-    model = to_model(module, inputs, outputs, examples)
+    model = portable(to_model(module, inputs, outputs, examples))
     return write(model, destination / MODEL, inputs, outputs)

@@ -20,9 +20,10 @@ from memcompile.backends.onnxruntime.finish import (
     PATTERN,
     Q,
     all_inputs,
+    finish,
     group_query_attention,
-    replace_attention,
 )
+from memcompile.backends.onnxruntime.products import runtime_products
 from memcompile.errors import MemcompileError
 
 HALF_TYPES: Final = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -34,7 +35,7 @@ def for_cuda(model: ir.Model) -> ir.Model:
     Raises MC116 for attention in float32, for keys that are chosen at run time, and for sinks, strided blocks
     or a run-time mask over a quantised cache.
     """
-    return replace_attention(model, cuda_attention)
+    return finish(model, cuda_attention, runtime_products)
 
 
 def cuda_attention(node: ir.Node) -> ir.Node:

@@ -1,8 +1,9 @@
-"""Make of each attention node an operator that the runtime has: its own, or one of our kernels.
+"""Make of each traced node an operator that the runtime has: its own, or one of our kernels.
 
 The traced graph holds one `memcompile::Attention` a region with the inputs of both. The portable graph gets
 GroupQueryAttention, which every ONNX Runtime has; the kernel graph gets the operators of the kernel library
-for the regions they are chosen for. `cuda_attention.py` finishes a graph for the CUDA provider.
+for the regions they are chosen for. `products.py` finishes products with quantised weights,
+`cuda_attention.py` a graph for the CUDA provider.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Final
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from memcompile.backends.onnxruntime.products import kernel_products, runtime_products
 
 DOMAIN: Final = "memcompile"
 ATTENTION: Final = "memcompile::Attention"
@@ -35,13 +38,15 @@ Chooses = Callable[[ir.Node], bool]
 
 def portable(model: ir.Model) -> ir.Model:
     """A copy of the traced model that every ONNX Runtime runs."""
-    return replace_attention(model, group_query_attention)
+    return finish(model, group_query_attention, runtime_products)
 
 
 def with_kernels(model: ir.Model, chooses: Chooses) -> ir.Model:
-    """A copy in which the regions that `chooses` names run on the kernel library."""
-    return replace_attention(
-        model, lambda node: _kernel(node) if can_run(node) and chooses(node) else group_query_attention(node)
+    """A copy in which the regions that `chooses` names, and quantised products, run on the kernel library."""
+    return finish(
+        model,
+        lambda node: _kernel(node) if can_run(node) and chooses(node) else group_query_attention(node),
+        kernel_products,
     )
 
 
@@ -60,11 +65,14 @@ def kernels_of(model: ir.Model) -> tuple[str, ...]:
     return tuple(sorted({node.op_type for node in model.graph if node.domain == DOMAIN}))
 
 
-def replace_attention(model: ir.Model, make: Callable[[ir.Node], ir.Node]) -> ir.Model:
-    """A copy in which each traced attention node is what `make` gives for it."""
+def finish(
+    model: ir.Model, attention: Callable[[ir.Node], ir.Node], products: Callable[[ir.Graph], None]
+) -> ir.Model:
+    """A copy in which traced attention is what `attention` gives for it, and `products` finished the rest."""
     made = model.clone()
+    products(made.graph)
     for node in attention_nodes(made):
-        new = make(node)
+        new = attention(node)
         made.graph.insert_after(node, new)
         for old, value in zip(node.outputs, new.outputs, strict=True):
             old.replace_all_uses_with(value, replace_graph_outputs=True)

@@ -1,45 +1,34 @@
-"""Quantised weights as MatMulNBits and GatherBlockQuantized."""
+"""Quantised weights: products as one traced operator, look-ups as GatherBlockQuantized."""
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import fx
 
 from memcompile.backends.onnxruntime.emitter import MICROSOFT, Emitter, emit, lowers
-from memcompile.backends.onnxruntime.offsets import DOMAIN, OPERATOR
+from memcompile.backends.onnxruntime.products import DOMAIN, FLOAT, INT8, OPERATOR
 from memcompile.dialect.quantized_weights import block_of
-
-# accuracy_level: what the CPU kernel turns activations into before it multiplies them by codes
-INT8: Final = 4
-FLOAT: Final = 0
 
 
 @lowers(torch.ops.memcompile.quantized_linear.default)
 def lower_quantized_linear(emitter: Emitter, node: fx.Node) -> torch.Tensor:
-    """MatMulNBits; with offsets one node that `offsets.py` writes out."""
+    """One node that `products.py` finishes."""
     given = _arguments(node)
-    x, codes, scales, zero_points, offsets, bias = (
+    inputs = [
         emitter.value(given[name]) for name in ("x", "codes", "scales", "zero_points", "offsets", "bias")
-    )
-    bits, width, rows = int(given["bits"]), int(x.shape[-1]), int(codes.shape[0])
-    block = block_of(codes, bits)
+    ]
+    x, codes, bits = inputs[0], inputs[1], int(given["bits"])
+    rows = int(codes.shape[0])
     attributes = {
-        "K": width,
+        "K": int(x.shape[-1]),
         "N": rows,
         "bits": bits,
-        "block_size": block,
+        "block_size": block_of(codes, bits),
         "accuracy_level": INT8 if given["int8_activations"] else FLOAT,
     }
-    shape = (*x.shape[:-1], rows)
-    if offsets is not None:
-        inputs = [x, codes, scales, zero_points, offsets, bias]
-        return emit(f"{DOMAIN}::{OPERATOR}", inputs, attributes, like=x, shape=shape, version=1)
-    inputs = [x, codes, scales, zero_points, None, bias]
-    while inputs[-1] is None:
-        inputs.pop()
-    return emit(MICROSOFT + "MatMulNBits", inputs, attributes, like=x, shape=shape)
+    return emit(f"{DOMAIN}::{OPERATOR}", inputs, attributes, like=x, shape=(*x.shape[:-1], rows), version=1)
 
 
 @lowers(torch.ops.memcompile.quantized_embedding.default)

@@ -1,4 +1,4 @@
-"""Attention kernels for the CPU: one library that torch, ONNX Runtime and TVM call."""
+"""Kernels of attention and of linear layers for the CPU: one library that torch, ONNX Runtime and TVM call."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from memcompile.kernels.library import (
     TYPES,
     CAppend,
     CAttention,
+    CLinear,
     CTensor,
     KernelLibrary,
     find_library,
@@ -20,6 +21,7 @@ __all__ = [
     "BuildError",
     "CAppend",
     "CAttention",
+    "CLinear",
     "CTensor",
     "KernelLibrary",
     "build",

@@ -21,8 +21,13 @@ SOURCES: Final = Path(__file__).resolve().parent / "csrc"
 INSTRUCTION_SETS: Final = {
     "avx2": ("-march=x86-64-v3",),
     "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
-    "avx512bf16": ("-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16"),
+    "avx512bf16": ("-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16", "-mavx512vnni"),
 }
+# compiled only where the processor has it
+AMX: Final = (*INSTRUCTION_SETS["avx512bf16"], "-mamx-tile", "-mamx-bf16", "-DMC_AMX")
+# compiled once an instruction set, and once
+KERNEL_SOURCES: Final = ("kernels", "linear")
+COMMON_SOURCES: Final = ("library", "tvm", "onnxruntime", "onnxruntime_linear")
 FLAGS: Final = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fvisibility=hidden", "-pthread")
 COMPILE_SECONDS: Final = 300
 # overrides where built libraries are kept
@@ -53,8 +58,22 @@ def library_path() -> Path:
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode())
         digest.update(source.read_bytes())
-    digest.update(repr((INSTRUCTION_SETS, FLAGS)).encode())
+    digest.update(repr((instruction_sets(), FLAGS, KERNEL_SOURCES, COMMON_SOURCES)).encode())
     return cache_folder() / "kernels" / f"libmemcompile_kernels-{digest.hexdigest()[:16]}.so"
+
+
+def instruction_sets() -> dict[str, tuple[str, ...]]:
+    """The flags of what is compiled here, by name; "amx" on processors that have it."""
+    try:
+        found = "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
+    except OSError:
+        found = False
+    return {**INSTRUCTION_SETS, "amx": AMX} if found else INSTRUCTION_SETS
+
+
+def build_object() -> Path:
+    """The kernels as one object file, to be linked into another library. Raises BuildError."""
+    return build().with_suffix(".o")
 
 
 def build() -> Path:
@@ -70,28 +89,33 @@ def build() -> Path:
         raise BuildError("there is no C++ compiler (g++ or clang++, or the one that $CXX names)")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
-        folder = Path(name)
+        folder, sets = Path(name), instruction_sets()
+        with_amx = ["-DMC_WITH_AMX"] if "amx" in sets else []
         jobs = [
             [
                 *FLAGS,
                 *flags,
                 f"-DMC_ISA={isa}",
                 "-c",
-                str(SOURCES / "kernels.cpp"),
+                str(SOURCES / f"{source}.cpp"),
                 "-o",
-                str(folder / f"{isa}.o"),
+                str(folder / f"{source}_{isa}.o"),
             ]
-            for isa, flags in INSTRUCTION_SETS.items()
+            for isa, flags in sets.items()
+            for source in KERNEL_SOURCES
         ]
         jobs += [
-            [*FLAGS, "-c", str(SOURCES / f"{source}.cpp"), "-o", str(folder / f"{source}.o")]
-            for source in ("library", "onnxruntime")
+            [*FLAGS, *with_amx, "-c", str(SOURCES / f"{source}.cpp"), "-o", str(folder / f"{source}.o")]
+            for source in COMMON_SOURCES
         ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda job: _run([compiler, *job]), jobs))
         objects = [job[-1] for job in jobs]
         _run([compiler, "-shared", "-pthread", *objects, "-o", str(folder / path.name)])
+        linked = path.with_suffix(".o")
+        _run([compiler, "-r", "-nostdlib", *objects[:-1], "-o", str(folder / linked.name)])
         # two processes may build at once: the last rename wins, both libraries are the same
+        (folder / linked.name).replace(linked)
         (folder / path.name).replace(path)
     return path
 

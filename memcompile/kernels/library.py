@@ -35,7 +35,9 @@ class CAttention(ctypes.Structure):
         *((name, c_void_p) for name in ("k_scale", "v_scale", "k_token_scale", "v_token_scale")),
         ("blocks", c_void_p), ("block_tokens", c_int64), ("blocks_batch", c_int64), ("blocks_head", c_int64),
         ("slots", c_void_p), ("slot_count", c_int64),
-        ("pattern", c_void_p), ("pattern_from", c_int64), ("lse", c_void_p),
+        ("pattern", c_void_p), ("pattern_from", c_int64),
+        ("bounds", CTensor), ("page_tokens", c_int64), ("page_keep", c_int64), ("page_from", c_int64),
+        ("lse", c_void_p),
         ("parallel", c_void_p), ("host", c_void_p),
         ("threads", c_int32), ("splits", c_int32), ("key_tile", c_int32),
     ]  # fmt: skip
@@ -49,6 +51,18 @@ class CAppend(ctypes.Structure):
         *((name, CTensor) for name in ("k", "v", "past_k", "past_v")),
         ("type", c_int32), ("cache_type", c_int32),
         ("used", c_void_p), ("k_scale", c_void_p), ("v_scale", c_void_p),
+    ]  # fmt: skip
+
+
+class CLinear(ctypes.Structure):
+    """`McLinear` of csrc/linear.h."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("M", "N", "K")),
+        ("x", c_void_p), ("out", c_void_p), ("weight", c_void_p),
+        ("weight_type", c_int32), ("block", c_int32),
+        *((name, c_void_p) for name in ("scales", "zero_points", "offsets", "bias")),
+        ("activations", c_int32), ("parallel", c_void_p), ("host", c_void_p), ("threads", c_int32),
     ]  # fmt: skip
 
 
@@ -78,6 +92,10 @@ class KernelLibrary:
         """Write new keys and values to a cache, as codes where it holds codes."""
         self._check(self.handle.mc_append(ctypes.byref(call)))
 
+    def linear(self, call: CLinear) -> None:
+        """Run a linear layer. Raises ValueError when no kernel takes the sizes, MemoryError without memory."""
+        self._check(self.handle.mc_linear(ctypes.byref(call)))
+
     def _check(self, code: int) -> None:
         if code:
             reason = self.handle.mc_reason(code).decode()
@@ -95,6 +113,7 @@ def open_library(path: Path) -> KernelLibrary:
     handle.mc_use.restype, handle.mc_use.argtypes = c_int32, [c_char_p]
     handle.mc_use_gomp.restype, handle.mc_use_gomp.argtypes = None, [c_void_p]
     handle.mc_attention.restype, handle.mc_attention.argtypes = c_int32, [POINTER(CAttention)]
+    handle.mc_linear.restype, handle.mc_linear.argtypes = c_int32, [POINTER(CLinear)]
     handle.mc_append.restype, handle.mc_append.argtypes = c_int32, [POINTER(CAppend)]
     library = KernelLibrary(path, handle)
     if not library.isa:

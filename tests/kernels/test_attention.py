@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,9 +11,8 @@ from hypothesis import strategies as st
 
 from memcompile.dialect.attention import attention_definition
 from memcompile.dialect.cache_codes import dequantize, quantize
-from memcompile.dialect.cpu_attention import cpu_library, kernel_attention
+from memcompile.dialect.cpu_attention import kernel_attention
 from memcompile.kernels import KernelLibrary
-from memcompile.kernels.build import INSTRUCTION_SETS
 
 EDGES = (1, 63, 64, 65, 200)
 # one rounding of the inputs' own type
@@ -28,25 +26,6 @@ MASKS: dict[str, dict[str, Any]] = {
     "strided": {"window": 9, "sinks": 1, "block": 8, "stride": 3},
     "softcap": {"softcap": 1.5},
 }
-
-
-@pytest.fixture(params=list(INSTRUCTION_SETS))
-def library(request: pytest.FixtureRequest) -> Iterator[KernelLibrary]:
-    """The library set to one of its instruction sets."""
-    found = cpu_library()
-    assert found is not None, "this machine has no C++ compiler or no x86-64 CPU"
-    widest = found.isa
-    try:
-        found.use(request.param)
-    except ValueError as error:
-        pytest.skip(f"needs {request.param}: {error}")
-    yield found
-    found.use(widest)
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
 
 
 def make(

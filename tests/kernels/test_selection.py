@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from memcompile.dialect import attention, attention_definition
-from memcompile.dialect.cpu_attention import cpu_library, kernel_attention
+from memcompile.dialect.cpu_attention import kernel_attention
 from memcompile.dialect.selection import Kind, chosen_keys
 from memcompile.kernels import KernelLibrary
-from memcompile.kernels.build import INSTRUCTION_SETS
 
 PATTERNS = {
     "shape": (Kind.SHAPE, 64, 100, 0),
@@ -23,19 +20,6 @@ PATTERNS = {
     "many columns": (Kind.VERTICAL_SLASH, 150, 60, 0),
 }
 SIZES = ((300, 300), (200, 490), (64, 330), (17, 200))
-
-
-@pytest.fixture(params=list(INSTRUCTION_SETS))
-def library(request: pytest.FixtureRequest) -> Iterator[KernelLibrary]:
-    found = cpu_library()
-    assert found is not None, "this machine has no C++ compiler or no x86-64 CPU"
-    widest = found.isa
-    try:
-        found.use(request.param)
-    except ValueError as error:
-        pytest.skip(f"needs {request.param}: {error}")
-    yield found
-    found.use(widest)
 
 
 def make(tokens: int, keys: int, width: int = 32) -> list[torch.Tensor]:

@@ -1,23 +1,16 @@
 // One attention call: what every host (torch, ONNX Runtime, TVM, numpy) fills in and every kernel reads.
 // Shapes: B batch, T queries, S key slots, H query heads, G key/value heads, D head width.
 #pragma once
-#include <cstddef>
-#include <cstdint>
+#include "host.h"
 
 #pragma GCC visibility push(default)
 extern "C" {
-
-enum McType : int32_t { MC_F32 = 0, MC_BF16 = 1, MC_F16 = 2, MC_I8 = 3, MC_I4 = 4 };
 
 // Strides count elements (bytes for MC_I4 rows are D/2); the channels of a row are adjacent.
 struct McTensor {
     void *data;
     int64_t batch, head, token;
 };
-
-typedef void (*McTask)(void *data, size_t index);
-// Runs task(data, 0 .. count-1), in any order, on the host's threads; returns when all are done.
-typedef void (*McParallel)(void *host, McTask task, size_t count, void *data);
 
 struct McAttention {
     int64_t B, T, S, H, G, D;
@@ -37,6 +30,9 @@ struct McAttention {
     int64_t slot_count;
     const int32_t *pattern;          // [H,4] what each head chooses when a prompt is read (select.h); or null
     int64_t pattern_from;            // calls with at most so many slots in use are dense
+    McTensor bounds;                 // of pages of keys (pages.h), stored as kv_type; `token`: page stride
+    int64_t page_tokens, page_keep;  // one query looks at so many pages
+    int64_t page_from;               // rows with at most so many slots in use are dense
     float *lse;                      // [B,H,T] log-sum-exp of the scaled scores, or null
     McParallel parallel;             // null: threads of our own
     void *host;
@@ -53,12 +49,19 @@ struct McAppend {
     const float *k_scale, *v_scale;
 };
 
+// Bring the bounds of pages up to date with keys that are appended (memcompile/dialect/pages.py).
+struct McPages {
+    int64_t B, T, G, D;
+    McTensor k, bounds;              // k: type; bounds: cache_type, the largest values and then the smallest
+    int32_t type, cache_type;
+    int64_t page_tokens;
+    const int32_t *used;             // [B] slots in use, the new ones included
+    const float *k_scale;
+};
+
 // 0: done; else a reason, see `mc_reason`.
 int32_t mc_attention(const McAttention *call);
 int32_t mc_append(const McAppend *call);
-const char *mc_reason(int32_t code);
-// Name of the widest instruction set that was compiled and that this CPU has; `mc_use` chooses another.
-const char *mc_isa();
-int32_t mc_use(const char *isa);
+int32_t mc_page_bounds(const McPages *call);
 }
 #pragma GCC visibility pop

@@ -1,5 +1,6 @@
 // One instruction set's kernels. Compiled once a set, with MC_ISA its name.
 #include "decode.h"
+#include "pages.h"
 #include "prefill.h"
 #include "select.h"
 
@@ -51,7 +52,7 @@ static int32_t decode(const McAttention &c, int32_t *at, const Interval *keys, i
 
 static int32_t prefill(const McAttention &c, int32_t *at, const Interval *keys, int64_t keys_stride,
                        const Selection *chosen) {
-    Prefill p = {&c, keys, nullptr, at, keys_stride, 0, 0, 0, 0, false, nullptr, nullptr, 0, false};
+    Prefill p = {&c, keys, nullptr, at, keys_stride, 0, 0, 0, 0, false, false, nullptr, nullptr, 0, false};
     if (chosen) p.columns = chosen->columns, p.column_count = chosen->column_count, p.most_columns = chosen->most;
     p.key_tile = c.key_tile ? c.key_tile : 64;
     p.query_tile = QUERIES;
@@ -59,9 +60,16 @@ static int32_t prefill(const McAttention &c, int32_t *at, const Interval *keys, 
     if (c.blocks && c.block_tokens < p.query_tile) p.query_tile = (int32_t)c.block_tokens;
     p.tiles = (c.S + p.key_tile - 1) / p.key_tile;
     p.query_tiles = (int32_t)((c.T + p.query_tile - 1) / p.query_tile);
-#if defined(__AVX512BF16__)
+#if defined(MC_PAIRS)
     p.pairs = c.kv_type == MC_BF16 && c.q_type == MC_BF16 && c.D % 2 == 0 && c.k.token % 2 == 0 &&
               c.k.head % 2 == 0 && c.k.batch % 2 == 0 && !c.k_scale && !c.k_token_scale;
+#if defined(MC_AMX)
+    // a tile is 32 channels wide
+    p.in_tiles = p.pairs && c.D % 32 == 0;
+#if !defined(__AVX512BF16__)
+    p.pairs = p.in_tiles;
+#endif
+#endif
 #endif
     int64_t rows = keys_stride ? c.B : 1;
     TileView *views = (TileView *)malloc((size_t)(rows * p.tiles + 1) * sizeof(TileView));
@@ -117,8 +125,7 @@ int32_t attention(const McAttention &c) {
     int32_t *at = (int32_t *)malloc((size_t)(c.B * c.T + 1) * 4);
     if (!at) return 2;
     find_queries(c, at);
-    bool whole_vectors = c.D % LANES == 0 && (c.kv_type != MC_I4 || c.D % (2 * LANES) == 0);
-    bool choice = has_choice(c), few = c.H / c.G * c.T <= MAX_ROWS && whole_vectors && !c.blocks && !choice;
+    bool choice = has_choice(c), few = c.H / c.G * c.T <= MAX_ROWS && whole_vectors(c) && !c.blocks && !choice;
     Interval *keys = nullptr;
     int64_t keys_stride = 0;
     if (!few || !all_visible(c)) {
@@ -134,7 +141,12 @@ int32_t attention(const McAttention &c) {
                 keys[b * c.S + s] = interval_of(c, c.key_positions ? c.key_positions[b * c.positions_stride + s] : s);
     }
     int32_t code;
-    if (few) code = decode(c, at, keys, keys_stride);
+    if (c.bounds.data && c.T == 1 && !c.slots && !c.blocks)
+        code = attend_to_pages(c, few, run, [&](const McAttention &chosen) {
+            if (few) return decode(chosen, at, keys, keys_stride);
+            return prefill(chosen, at, keys, keys_stride, nullptr);
+        });
+    else if (few) code = decode(c, at, keys, keys_stride);
     else if (c.slots) code = 3;
     else if (choice) code = sparse_prefill(c, at, keys, keys_stride);
     else code = prefill(c, at, keys, keys_stride, nullptr);

@@ -1,11 +1,18 @@
 // What the library exports: checks, the choice of an instruction set, and threads for hosts without any.
 #include "attention.h"
+#include "linear.h"
 
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
 #include <thread>
 #include <vector>
+
+#if defined(MC_WITH_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #pragma GCC visibility push(default)
 extern "C" void mc_use_gomp(void *parallel);
@@ -15,10 +22,15 @@ extern "C" void mc_use_gomp(void *parallel);
     namespace isa {                                      \
     int32_t attention(const McAttention &);              \
     int32_t append(const McAppend &);                    \
+    int32_t page_bounds(const McPages &);                \
+    int32_t linear(const McLinear &);                    \
     }
 MC_DECLARE(avx2)
 MC_DECLARE(avx512)
 MC_DECLARE(avx512bf16)
+#if defined(MC_WITH_AMX)
+MC_DECLARE(amx)
+#endif
 
 namespace {
 
@@ -27,6 +39,8 @@ struct Isa {
     bool here;
     int32_t (*attention)(const McAttention &);
     int32_t (*append)(const McAppend &);
+    int32_t (*page_bounds)(const McPages &);
+    int32_t (*linear)(const McLinear &);
 };
 
 bool has_avx2() {
@@ -36,13 +50,28 @@ bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-bool has_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_bf16() {
+    return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+}
+#if defined(MC_WITH_AMX)
+// The tiles' registers are large: Linux gives them to a process that asks (arch_prctl, ARCH_REQ_XCOMP_PERM).
+bool has_amx() {
+    unsigned a, b, c, d, low, high;
+    constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24, STATES = 3u << 17;
+    if (!has_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & BF16) || !(d & TILE)) return false;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low & STATES) == STATES && !syscall(SYS_arch_prctl, 0x1023, 18);
+}
+#endif
 
 // widest first
 const Isa ISAS[] = {
-    {"avx512bf16", has_bf16(), avx512bf16::attention, avx512bf16::append},
-    {"avx512", has_avx512(), avx512::attention, avx512::append},
-    {"avx2", has_avx2(), avx2::attention, avx2::append},
+#if defined(MC_WITH_AMX)
+    {"amx", has_amx(), amx::attention, amx::append, amx::page_bounds, amx::linear},
+#endif
+    {"avx512bf16", has_bf16(), avx512bf16::attention, avx512bf16::append, avx512bf16::page_bounds, avx512bf16::linear},
+    {"avx512", has_avx512(), avx512::attention, avx512::append, avx512::page_bounds, avx512::linear},
+    {"avx2", has_avx2(), avx2::attention, avx2::append, avx2::page_bounds, avx2::linear},
 };
 
 const Isa *widest() {
@@ -141,6 +170,16 @@ void run_in_gomp(void *threads, McTask task, size_t count, void *data) {
     gomp(run_shared, &shared, (unsigned)(intptr_t)threads, 0);
 }
 
+// A host without threads of its own gets the library's.
+template <class Call> void use_threads(Call &call) {
+    if (call.threads < 1) call.threads = 1;
+    if (call.parallel) return;
+    call.parallel = gomp ? run_in_gomp : run_in_pool;
+    call.host = (void *)(intptr_t)call.threads;
+}
+
+bool is_page(int64_t tokens) { return tokens == 16 || tokens == 32 || tokens == 64; }
+
 enum Reason { DONE, NO_CPU, NO_MEMORY, UNSUPPORTED, SIZES };
 
 }  // namespace
@@ -180,15 +219,12 @@ int32_t mc_attention(const McAttention *call) {
     if (c.kv_type == MC_I4 && c.D % 2) return SIZES;
     if ((c.blocks || c.pattern) && c.block_tokens != 32 && c.block_tokens != 64 && c.block_tokens != 128) return SIZES;
     if (c.key_tile && c.key_tile != 16 && c.key_tile != 32 && c.key_tile != 64 && c.key_tile != 128) return SIZES;
+    if (c.bounds.data && (!is_page(c.page_tokens) || c.page_keep < 1 || c.k_token_scale)) return SIZES;
     if (c.used)
         for (int64_t b = 0; b < c.B; b++)
             if (c.used[b] < 0 || c.used[b] > c.S) return SIZES;
     if (!c.B || !c.T) return DONE;
-    if (c.threads < 1) c.threads = 1;
-    if (!c.parallel) {
-        c.parallel = gomp ? run_in_gomp : run_in_pool;
-        c.host = (void *)(intptr_t)c.threads;
-    }
+    use_threads(c);
     return chosen->attention(c);
 }
 
@@ -196,5 +232,26 @@ int32_t mc_append(const McAppend *call) {
     if (!chosen) return NO_CPU;
     if (call->D < 1 || call->D > 256 || (call->cache_type == MC_I4 && call->D % 2)) return SIZES;
     return chosen->append(*call);
+}
+
+int32_t mc_page_bounds(const McPages *call) {
+    if (!chosen) return NO_CPU;
+    const McPages &a = *call;
+    if (a.D < 1 || a.D > 256 || !is_page(a.page_tokens) || (a.cache_type == MC_I4 && a.D % 2)) return SIZES;
+    if ((a.cache_type >= MC_I8) != (a.k_scale != nullptr)) return SIZES;
+    return chosen->page_bounds(a);
+}
+
+int32_t mc_linear(const McLinear *call) {
+    if (!chosen) return NO_CPU;
+    McLinear l = *call;
+    if (l.M < 0 || l.N < 0 || l.K < 1) return SIZES;
+    bool coded = l.weight_type == MC_I8 || l.weight_type == MC_I4;
+    if (!coded && l.weight_type != MC_F32 && l.weight_type != MC_BF16) return SIZES;
+    if (coded && (!l.scales || (l.block != 32 && l.block != 64 && l.block != 128 && l.block != 256))) return SIZES;
+    if (l.activations != MC_F32 && l.activations != MC_BF16 && (l.activations != MC_I8 || !coded)) return SIZES;
+    if (!l.M || !l.N) return DONE;
+    use_threads(l);
+    return chosen->linear(l);
 }
 }

@@ -7,6 +7,9 @@
 #include "rows.h"
 #include "scratch.h"
 #include "visibility.h"
+#if defined(MC_AMX)
+#include "prefill_amx.h"
+#endif
 
 namespace MC_ISA {
 
@@ -22,6 +25,7 @@ struct Prefill {
     int64_t keys_stride, tiles;
     int32_t key_tile, query_tile, query_tiles;
     bool pairs;                 // bfloat16 pairs instead of float
+    bool in_tiles;              // and those in the tiles of AMX
     // besides the blocks: single keys [B,H,most_columns], [B,H]; or null
     const int32_t *columns, *column_count;
     int64_t most_columns;
@@ -95,26 +99,46 @@ static void rows_of(const float *o, int t, int64_t D, float *rows) {
         for (int i = 0; i < LANES; i++) rows[i * D + d] = o[d * QUERIES + t + i];
 }
 
-#if defined(__AVX512BF16__)
-// x [2n][64] float -> y [n][64] of pairs (x[2i], x[2i+1]) in bfloat16
-static void pair_rows(const float *x, int64_t rows, uint32_t *y) {
-    for (int64_t i = 0; i < rows / 2; i++)
-        for (int v = 0; v < QUERIES; v += LANES) {
-            __m512i low = _mm512_cvtepu16_epi32(
-                (__m256i)_mm512_cvtneps_pbh((__m512)load(x + 2 * i * QUERIES + v)));
-            __m512i high = _mm512_cvtepu16_epi32(
-                (__m256i)_mm512_cvtneps_pbh((__m512)load(x + (2 * i + 1) * QUERIES + v)));
-            _mm512_storeu_si512(y + i * QUERIES + v, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-        }
-}
-
+#if defined(MC_PAIRS)
 // value rows [n][D] in bfloat16 -> [ceil(n/2)][D] of pairs (row 2i, row 2i+1); a missing row is zero
-static void pair_values(const uint16_t *rows, int64_t stride, int n, int64_t D, uint32_t *y) {
+static inline void pair_values(const uint16_t *rows, int64_t stride, int n, int64_t D, uint32_t *y) {
     for (int i = 0; i < n; i += 2) {
         const uint16_t *a = rows + i * stride, *b = i + 1 < n ? a + stride : nullptr;
         uint32_t *to = y + i / 2 * D;
         for (int64_t d = 0; d < D; d++) to[d] = a[d] | (b ? (uint32_t)b[d] << 16 : 0);
     }
+}
+
+// s [n][64] = keys [n][D] * queries [D/2][64] of pairs
+static void score_pairs(const Prefill &p, const uint32_t *k, int64_t k_row, const uint32_t *x, int n, float *s,
+                        int columns) {
+#if defined(MC_AMX)
+    if (p.in_tiles) return tile_product(k, k_row, x, n, p.c->D / 2, s, columns, false);
+#endif
+#if defined(__AVX512BF16__)
+    product<uint32_t>(k, k_row, 1, x, n, p.c->D / 2, s, columns, false);
+#endif
+}
+
+// o [D][64] += values [n][D] * probabilities s [n][64]; the pairs of either side go to v_pairs and s_pairs.
+static void add_pairs(const Prefill &p, const uint16_t *v, int64_t v_row, int n, uint32_t *v_pairs, float *s,
+                      uint32_t *s_pairs, float *o, int columns) {
+    int64_t D = p.c->D, rows = (n + 1) / 2 * 2;
+#if defined(MC_AMX)
+    if (p.in_tiles) rows = 2 * tile_pairs(n);
+#endif
+    for (int64_t i = n * QUERIES; i < rows * QUERIES; i++) s[i] = 0;
+    pair_rows(s, rows, s_pairs);
+#if defined(MC_AMX)
+    if (p.in_tiles) {
+        transpose_values(v, v_row, n, D, v_pairs);
+        return tile_product(v_pairs, rows / 2, s_pairs, D, rows / 2, o, columns, true);
+    }
+#endif
+#if defined(__AVX512BF16__)
+    pair_values(v, v_row, n, D, v_pairs);
+    product<uint32_t>(v_pairs, 1, D, s_pairs, D, rows / 2, o, columns, true);
+#endif
 }
 #endif
 
@@ -207,7 +231,7 @@ static void prefill_task(void *data, size_t index) {
     int32_t *at = scratch.take<int32_t>(QUERIES);
     const float *ks = c.k_scale ? c.k_scale + g * D : nullptr;
     load_queries(c, b, h, t0, nq, x, ks, k_tile);
-#if defined(__AVX512BF16__)
+#if defined(MC_PAIRS)
     uint32_t *x_pairs = scratch.take<uint32_t>(D / 2 * QUERIES);
     uint32_t *p_pairs = scratch.take<uint32_t>(MAX_TILE / 2 * QUERIES);
     if (p.pairs) pair_rows(x, D, x_pairs);
@@ -227,6 +251,9 @@ static void prefill_task(void *data, size_t index) {
     float to_log2 = c.softcap > 0 ? LOG2E : c.scale * LOG2E;
     int64_t used = c.used ? c.used[b] : c.S;
 
+#if defined(MC_AMX)
+    if (p.in_tiles) tiles_begin();
+#endif
     for (int64_t j = 0; j * p.key_tile < used; j++) {
         const TileView &view = views[j];
         if (view.lowest > q_to || view.highest < q_from) continue;
@@ -236,10 +263,10 @@ static void prefill_task(void *data, size_t index) {
         int64_t k_at = b * c.k.batch + g * c.k.head + s0 * c.k.token;
         int64_t v_at = b * c.v.batch + g * c.v.head + s0 * c.v.token;
         bool whole = view.all_from <= q_from && view.all_to >= q_to;
-#if defined(__AVX512BF16__)
+#if defined(MC_PAIRS)
         if (p.pairs) {
-            product<uint32_t>((const uint32_t *)((const uint16_t *)c.k.data + k_at), c.k.token / 2, 1,
-                              x_pairs, n, D / 2, s, columns, false);
+            score_pairs(p, (const uint32_t *)((const uint16_t *)c.k.data + k_at), c.k.token / 2, x_pairs, n, s,
+                        columns);
         } else
 #endif
         {
@@ -257,11 +284,8 @@ static void prefill_task(void *data, size_t index) {
         softmax(s, n, columns, to_log2, m, l, shrink);
         shrink_rows(o, D, columns, shrink);
         if (c.v_token_scale) scale_rows(s, n, columns, c.v_token_scale + (b * G + g) * c.S + s0);
-#if defined(__AVX512BF16__)
+#if defined(MC_PAIRS)
         if (p.pairs) {
-            if (n % 2)
-                for (int i = 0; i < QUERIES; i++) s[n * QUERIES + i] = 0;
-            pair_rows(s, (n + 1) / 2 * 2, p_pairs);
             uint16_t *v = (uint16_t *)c.v.data + v_at;
             uint16_t *safe = (uint16_t *)k_tile;
             int64_t step = c.v.token;
@@ -271,8 +295,7 @@ static void prefill_task(void *data, size_t index) {
                         safe[i * D + d] = keys[s0 + i].low > keys[s0 + i].high ? 0 : v[i * step + d];
                 v = safe, step = D;
             }
-            pair_values(v, step, n, D, (uint32_t *)v_tile);
-            product<uint32_t>((const uint32_t *)v_tile, 1, D, p_pairs, D, (n + 1) / 2, o, columns, true);
+            add_pairs(p, v, step, n, (uint32_t *)v_tile, s, p_pairs, o, columns);
         } else
 #endif
         {
@@ -290,6 +313,9 @@ static void prefill_task(void *data, size_t index) {
         }
     }
 
+#if defined(MC_AMX)
+    if (p.in_tiles) tiles_end();
+#endif
     if (p.columns && blocks) {
         int64_t head = b * c.H + h, across = (c.S + c.block_tokens - 1) / c.block_tokens;
         Columns single = {p.columns + head * p.most_columns, p.column_count[head], 0,

@@ -102,6 +102,54 @@ static inline Vi widen_bytes(const uint8_t *p) {
     return (Vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
 #endif
 }
+// The first n of LANES values, the others zero; nothing behind them is read.
+static inline Vf load_some(const float *p, int64_t n) {
+    if (n >= LANES) return load(p);
+#if defined(__AVX512F__)
+    return (Vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#else
+    Vi lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    return (Vf)_mm256_maskload_ps(p, (__m256i)(lane < all_int((int32_t)n)));
+#endif
+}
+// The first n of 4*LANES bytes, the others zero.
+static inline Vi load_bytes(const void *p, int64_t n) {
+    if (n >= LANES * 4) return load_int((const int32_t *)p);
+#if defined(__AVX512BW__)
+    return (Vi)_mm512_maskz_loadu_epi8(((__mmask64)1 << n) - 1, p);
+#else
+    Vi y = {};
+    __builtin_memcpy(&y, p, (size_t)n);
+    return y;
+#endif
+}
+static inline Vf to_floats(Vi x) { return __builtin_convertvector(x, Vf); }
+// Lane i of the result is lane from[i] of x.
+static inline Vf permute(Vf x, Vi from) {
+#if defined(__AVX512F__)
+    return (Vf)_mm512_permutexvar_ps((__m512i)from, (__m512)x);
+#else
+    return (Vf)_mm256_permutevar8x32_ps((__m256)x, (__m256i)from);
+#endif
+}
+// Each lane gains the sum of four products of its bytes, unsigned times signed, exactly.
+static inline Vi dot4(Vi sum, Vi bytes, Vi signed_bytes) {
+#if defined(__AVX512VNNI__)
+    return (Vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)bytes, (__m512i)signed_bytes);
+#else
+    // even and odd bytes as 16-bit numbers, each pair multiplied and added
+    Vi even = bytes & 0x00ff00ff, odd = (bytes >> 8) & 0x00ff00ff;
+#if defined(__AVX512BW__)
+    __m512i x = (__m512i)signed_bytes, low = _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8);
+    sum += (Vi)_mm512_madd_epi16((__m512i)even, low);
+    return sum + (Vi)_mm512_madd_epi16((__m512i)odd, _mm512_srai_epi16(x, 8));
+#else
+    __m256i x = (__m256i)signed_bytes, low = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8);
+    sum += (Vi)_mm256_madd_epi16((__m256i)even, low);
+    return sum + (Vi)_mm256_madd_epi16((__m256i)odd, _mm256_srai_epi16(x, 8));
+#endif
+#endif
+}
 static inline Vf low_codes(Vi bytes) { return __builtin_convertvector((bytes & 15) - 8, Vf); }
 static inline Vf high_codes(Vi bytes) { return __builtin_convertvector((bytes >> 4) - 8, Vf); }
 

@@ -18,9 +18,10 @@ from memcompile.backends.onnxruntime.export import to_model, write
 from memcompile.backends.onnxruntime.finish import BIAS as TRACED_BIAS
 from memcompile.backends.onnxruntime.finish import (
     PATTERN,
+    finish,
     group_query_attention,
-    replace_attention,
 )
+from memcompile.backends.onnxruntime.products import runtime_products
 from memcompile.backends.torch import TorchSession
 from memcompile.errors import MemcompileError
 from memcompile.frontend import capture
@@ -83,7 +84,11 @@ def attention_of(model: ir.Model) -> ir.Node:
 
 def with_window_attribute(model: ir.Model) -> ir.Model:
     """`for_cuda` in float32, which the CPU provider has and the CUDA provider lacks."""
-    return replace_attention(model, lambda node: group_query_attention(node, local_window=local_window(node)))
+    return finish(
+        model,
+        lambda node: group_query_attention(node, local_window=local_window(node)),
+        runtime_products,
+    )
 
 
 def operators_of(model: ir.Model) -> set[str]:

@@ -17,6 +17,7 @@ from memcompile.backends.onnxruntime import backend as _register  # noqa: F401
 from memcompile.backends.onnxruntime.backend import OnnxRuntimeBackend
 from memcompile.backends.onnxruntime.emitter import Emitter
 from memcompile.backends.onnxruntime.export import to_model, write
+from memcompile.backends.onnxruntime.finish import portable, with_kernels
 from memcompile.backends.torch import TorchSession
 from memcompile.dialect import DIALECT
 from memcompile.program import build_program
@@ -53,21 +54,35 @@ class _Operator(torch.nn.Module):
         return (Emitter(self.graph_module).run(*inputs),)
 
 
-def lowered(operator: _Operator, example: torch.Tensor, dims: tuple[int | str, ...], folder: Path) -> Any:
+# as it is finished for every ONNX Runtime, and for ours
+FINISHES = {"portable": portable, "kernels": lambda model: with_kernels(model, lambda _: True)}
+
+
+def lowered(
+    operator: _Operator,
+    example: torch.Tensor,
+    dims: tuple[int | str, ...],
+    folder: Path,
+    finish: str = "portable",
+) -> Any:
     inputs = [TensorEntry("x", str(example.dtype).removeprefix("torch."), dims)]
     outputs = [TensorEntry("result", "float32", ("d0", "d1", "d2"))]
-    write(to_model(operator, inputs, outputs, [example]), folder / "model.onnx", inputs, outputs)
+    model = FINISHES[finish](to_model(operator, inputs, outputs, [example]))
+    write(model, folder / "model.onnx", inputs, outputs)
     session = open_session(folder / "model.onnx")
     return lambda x: session.run(None, {"x": x.numpy()})[0]
 
 
 @pytest.mark.parametrize("width", [64, 70])
+@pytest.mark.parametrize("finish", FINISHES)
 @pytest.mark.parametrize("format_", FORMATS, ids=str)
-def test_the_product_equals_the_definition(format_: dict[str, Any], width: int, tmp_path: Path) -> None:
+def test_the_product_equals_the_definition(
+    format_: dict[str, Any], finish: str, width: int, tmp_path: Path
+) -> None:
     weight = codes_of(24, width, **format_)
     bias = torch.randn(24)
     operator = _Operator("quantized_linear", weight, weight.bits, False, bias=bias)
-    run = lowered(operator, torch.randn(2, 5, width), ("batch", "tokens", width), tmp_path)
+    run = lowered(operator, torch.randn(2, 5, width), ("batch", "tokens", width), tmp_path, finish)
     for tokens in SIZES:
         x = torch.randn(1, tokens, width)
         expected = DIALECT["quantized_linear"].definition(
@@ -79,12 +94,13 @@ def test_the_product_equals_the_definition(format_: dict[str, Any], width: int, 
 @pytest.mark.parametrize("width", [64, 70])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zero_points", [False, True])
+@pytest.mark.parametrize("finish", FINISHES)
 def test_int8_activations_are_those_of_the_definition(
-    zero_points: bool, bits: int, width: int, tmp_path: Path
+    finish: str, zero_points: bool, bits: int, width: int, tmp_path: Path
 ) -> None:
     weight = codes_of(24, width, bits=bits, block=32, zero_points=zero_points)
     operator = _Operator("quantized_linear", weight, bits, True)
-    run = lowered(operator, torch.randn(2, 5, width), ("batch", "tokens", width), tmp_path)
+    run = lowered(operator, torch.randn(2, 5, width), ("batch", "tokens", width), tmp_path, finish)
     for tokens in SIZES:
         x = torch.randn(1, tokens, width)
         rounded, exact = (

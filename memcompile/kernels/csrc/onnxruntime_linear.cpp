@@ -1,0 +1,78 @@
+// The linear kernels as a custom operator of ONNX Runtime, domain "memcompile": QuantizedLinear.
+#include "linear.h"
+#include "onnxruntime.h"
+
+#include <thread>
+
+namespace {
+
+enum Input { X, CODES, SCALES, ZERO_POINTS, OFFSETS, BIAS, INPUTS };
+
+struct Kernel {
+    const OrtApi *api;
+    int64_t K = 0, N = 0, bits = 4, block = 0, activations = MC_F32;
+};
+
+OrtStatus *compute(void *kernel, OrtKernelContext *context) {
+    const Kernel &op = *(const Kernel *)kernel;
+    Calls call{op.api};
+    Tensor in[INPUTS];
+    for (size_t i = 0; i < INPUTS; i++) in[i] = input(call, context, i);
+    if (call.status) return call.status;
+    int64_t blocks = (op.K + op.block - 1) / op.block, M = 1;
+    if (in[X].rank < 1 || in[X].dims[in[X].rank - 1] != op.K || in[CODES].dims[0] != op.N ||
+        in[CODES].dims[1] * in[CODES].dims[2] != blocks * op.block * op.bits / 8 ||
+        in[SCALES].dims[0] * in[SCALES].dims[1] != op.N * blocks)
+        return create_status(op.api, "memcompile.QuantizedLinear: the sizes of its inputs do not fit together");
+    Tensor like = in[X];
+    like.dims[like.rank - 1] = op.N;
+    for (size_t i = 0; i + 1 < like.rank; i++) M *= like.dims[i];
+    Tensor out = output(call, context, 0, like);
+    if (call.status) return call.status;
+    Host host{op.api, context};
+    McLinear l{};
+    l.M = M, l.N = op.N, l.K = op.K;
+    l.x = (const float *)in[X].data, l.out = (float *)out.data, l.weight = in[CODES].data;
+    l.weight_type = op.bits == 4 ? MC_I4 : MC_I8, l.block = (int32_t)op.block;
+    l.scales = (const float *)in[SCALES].data, l.zero_points = (const uint8_t *)in[ZERO_POINTS].data;
+    l.offsets = (const float *)in[OFFSETS].data, l.bias = (const float *)in[BIAS].data;
+    l.activations = (int32_t)op.activations;
+    l.parallel = run_on_host, l.host = &host;
+    l.threads = (int32_t)std::thread::hardware_concurrency();
+    int32_t code = mc_linear(&l);
+    return code ? create_status(op.api, mc_reason(code)) : nullptr;
+}
+
+OrtStatus *create_kernel(const OrtCustomOp *, const OrtApi *api, const OrtKernelInfo *info, void **made) {
+    Kernel k{api};
+    struct {
+        const char *name;
+        int64_t *value;
+    } ints[] = {{"K", &k.K}, {"N", &k.N}, {"bits", &k.bits}, {"block_size", &k.block}, {"activations", &k.activations}};
+    // an attribute that is not there keeps its default
+    for (auto &attribute : ints) drop(api, integer(api, info, attribute.name, attribute.value));
+    if (k.K < 1 || k.N < 1 || k.block < 1 || (k.bits != 4 && k.bits != 8))
+        return create_status(api, "memcompile.QuantizedLinear: K, N, bits or block_size is missing or wrong");
+    *made = new Kernel(k);
+    return nullptr;
+}
+
+Operator make() {
+    Operator op = blank("QuantizedLinear");
+    op.GetInputType = [](const OrtCustomOp *, size_t i) { return i == CODES || i == ZERO_POINTS ? UINT8 : FLOAT; };
+    op.GetInputTypeCount = [](const OrtCustomOp *) -> size_t { return INPUTS; };
+    op.GetInputCharacteristic = [](const OrtCustomOp *, size_t i) { return i >= ZERO_POINTS ? OPTIONAL : REQUIRED; };
+    op.GetOutputType = [](const OrtCustomOp *, size_t) { return FLOAT; };
+    op.GetOutputTypeCount = [](const OrtCustomOp *) -> size_t { return 1; };
+    op.KernelDestroy = [](void *kernel) { delete (Kernel *)kernel; };
+    op.CreateKernelV2 = create_kernel;
+    op.KernelComputeV2 = compute;
+    return op;
+}
+
+}  // namespace
+
+const void *quantized_linear_operator() {
+    static const Operator op = make();
+    return &op;
+}
