@@ -31,6 +31,7 @@ class CompiledModel(torch.nn.Module):
     def __init__(self, captured: Captured, compiled: pipeline.Compiled, plan: Plan) -> None:
         super().__init__()
         backend: Any = get_backend("torch")
+        backend = backend.tuned_for(pipeline.tuned_workload(plan))
         program = compiled.program
         # one call, so that the two functions share what they read
         materialise(compiled.captured.graph, program.forward, *([program.step] if program.step else []))
@@ -46,8 +47,12 @@ class CompiledModel(torch.nn.Module):
 
     @property
     def report(self) -> dict[str, Any]:
-        """What each pass did: regions rewritten, refusals with reasons, decisions, predicted state bytes."""
-        return {"plan": self._plan.resolved(), **self._compiled.rewrite.as_dict()}
+        """What each pass did: regions rewritten, refusals with reasons, decisions, predicted state bytes.
+
+        "tuned": what `generate` runs attention on, where something was measured on this machine.
+        """
+        tuned = [] if self._session is None else [dict(decision) for decision in self._session.decisions]
+        return {"plan": self._plan.resolved(), **self._compiled.rewrite.as_dict(), "tuned": tuned}
 
     def generate(
         self,

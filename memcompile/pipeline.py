@@ -188,7 +188,7 @@ def write_artifact(compiled: Compiled, plan: Plan, folder: Path, progress: Progr
     """Lower a program into `folder`, with its tokenizer; gives the manifest to seal it with."""
     backend = get_backend(plan.target.backend)
     if isinstance(backend, TunedBackend):
-        backend = backend.tuned_for(_tuned_workload(plan))
+        backend = backend.tuned_for(tuned_workload(plan))
     captured = compiled.captured
     lowered = backend.lower(compiled.program, folder, device=plan.target.device, progress=progress.stage)
     tokenizer = write_tokenizer(captured.tokenizer, folder, captured.model.eos_token_ids)
@@ -208,7 +208,8 @@ def write_artifact(compiled: Compiled, plan: Plan, folder: Path, progress: Progr
     )
 
 
-def _tuned_workload(plan: Plan) -> Workload:
+def tuned_workload(plan: Plan) -> Workload:
+    """What implementations are chosen for, by what was tuned on this machine."""
     use = plan.workload
     return Workload(use.prompt_tokens, use.new_tokens, use.batch, plan.target.threads)
 

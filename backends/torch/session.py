@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from memcompile.backends.torch.placement import place
+from memcompile.backends.torch.tuned import with_choices
 from memcompile.dialect import visible_keys
 from memcompile.program import PositionGroup, Program
+from memcompile.tuning import Choices
 
 # tokens that a windowed cache may hold beyond what can be seen, so that trimming is not done at every step
 TRIM_SLACK = 64
@@ -39,14 +41,18 @@ class TorchState:
 class TorchSession:
     """A causal program with the methods of `memcompile.runtime.Session`.
 
-    The step graph, and the parameters that it shares with the program's others, are moved to `device`.
+    The step graph, and the parameters that it shares with the program's others, are moved to `device`. With
+    `choices` each region runs on what was measured as fastest for it.
     """
 
-    def __init__(self, program: Program, device: str = "cpu") -> None:
+    def __init__(self, program: Program, device: str = "cpu", choices: Choices | None = None) -> None:
         assert program.step is not None, "only causal models are run step by step"
         self.program = program
         self.device = torch.device(device)
-        self._step = program.step.eval()
+        # what was chosen by measurements; `CompiledModel.report` tells it
+        self.decisions = choices.decisions if choices is not None else ()
+        step = program.step if choices is None else with_choices(program.step, choices)
+        self._step = step.eval()
         place(self._step.to(self.device), self.device)
 
     def new_state(self, batch: int, prompt_tokens: int = 0, new_tokens: int = 0) -> TorchState:

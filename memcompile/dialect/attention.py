@@ -22,6 +22,8 @@ from memcompile.dialect.pages import page_keys
 from memcompile.dialect.selection import FEW_QUERIES, select_for_rows
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# the name of torch's own attention among the implementations
+SDPA = "sdpa"
 
 
 def visible_keys(
@@ -92,6 +94,9 @@ def attention_definition(
     page_tokens: int = 0,
     page_keep: int = 0,
     page_from: int = 0,
+    kernel: str = "",
+    key_tile: int = 0,
+    splits: int = 0,
     region: str = "",
 ) -> Triple:
     """The meaning of `memcompile::attention`, dense and slow; scores are kept in float32 or wider."""
@@ -146,6 +151,34 @@ def attention_definition(
     if past_k is None:
         k_state, v_state = k_state[:, :, :0], v_state[:, :, :0]
     return out.to(q.dtype), k_state, v_state
+
+
+def _by_sdpa(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    past_k: torch.Tensor | None,
+    past_v: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    *,
+    scale: float,
+    causal: bool,
+) -> Triple | None:
+    """torch's own attention, for a whole prompt or one token after it; None for any other call."""
+    if positions is not None and bool((positions < 0).any()):
+        return None
+    keys, values = k, v
+    if past_k is not None and past_v is not None:
+        keys, values = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
+    tokens, total = q.shape[2], keys.shape[2]
+    if causal and tokens not in (1, total):
+        return None
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, keys, values, is_causal=causal and tokens > 1, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    if past_k is None:
+        keys, values = k.new_empty(*k.shape[:2], 0, k.shape[3]), v.new_empty(*v.shape[:2], 0, v.shape[3])
+    return out.contiguous(), keys, values
 
 
 def _by_kernel(
@@ -226,6 +259,9 @@ def attention(
     page_tokens: int = 0,
     page_keep: int = 0,
     page_from: int = 0,
+    kernel: str = "",
+    key_tile: int = 0,
+    splits: int = 0,
     region: str = "",
 ) -> Triple:
     """Attend from `q` [B,H,T,D] over the cache and the new `k`, `v` [B,G,S,D].
@@ -239,14 +275,21 @@ def attention(
         tokens and from more than `pattern_from` keys on (memcompile/dialect/selection.py).
     bounds: of the pages of `page_tokens` keys, the new ones included (memcompile/dialect/pages.py). A call of
         one token then looks at `page_keep` pages only, in rows with more than `page_from` keys.
+    kernel, key_tile, splits: what was measured as fastest; they change no result but by rounding. "sdpa" is
+        torch's own attention, where it computes the same; else the kernel library.
     Returns the output [B,H,T,D] and the next state of keys and values (empty for a stateless call).
     """
+    if kernel == SDPA and not (window or softcap or bits) and all(x is None for x in (mask, pattern, bounds)):
+        fast = _by_sdpa(q, k, v, past_k, past_v, positions, scale=scale, causal=causal)
+        if fast is not None:
+            return fast
     if mask is None and scale > 0:
         fast = _by_kernel(
             q, k, v, past_k, past_v, positions, k_scale, v_scale, pattern, bounds,
             scale=scale, causal=causal, window=window, sinks=sinks, block=block, stride=stride,
             softcap=softcap, bits=bits, pattern_block=pattern_block, pattern_from=pattern_from,
-            page_tokens=page_tokens, page_keep=page_keep, page_from=page_from,
+            page_tokens=page_tokens, page_keep=page_keep, page_from=page_from, key_tile=key_tile,
+            splits=splits,
         )  # fmt: skip
         if fast is not None:
             return fast
@@ -306,6 +349,9 @@ def _(
     page_tokens: int = 0,
     page_keep: int = 0,
     page_from: int = 0,
+    kernel: str = "",
+    key_tile: int = 0,
+    splits: int = 0,
     region: str = "",
 ) -> Triple:
     batch, groups, new, width = k.shape

@@ -34,6 +34,7 @@ def cuda_attention(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     pattern: torch.Tensor | None = None,
+    bounds: torch.Tensor | None = None,
     **attributes: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attend as `memcompile::attention` does, with the same arguments and results.
@@ -58,9 +59,10 @@ def cuda_attention(
     keys, values = k_state, v_state
     if bits == 4:
         keys, values = _floats(k_state, k_scale, q, bits), _floats(v_state, v_scale, q, bits)
-    if unsupported(q, keys, values) is not None:
+    # no kernel chooses pages
+    if unsupported(q, keys, values) is not None or (bounds is not None and tokens == 1):
         return attention_definition(
-            q, k, v, past_k, past_v, positions, mask, k_scale, v_scale, pattern, **attributes
+            q, k, v, past_k, past_v, positions, mask, k_scale, v_scale, pattern, bounds, **attributes
         )  # fmt: skip
     if positions is None:
         positions = torch.arange(total, device=q.device).unsqueeze(0)
