@@ -1,9 +1,11 @@
 """Attention alone: our CPU kernels beside torch's and ONNX Runtime's, in one run and in turns.
 
 Every row is one comparison. The two sides take turns in rounds; the table gives the best time of each, the
-ratio of the best times, and the ratios of the single rounds from the lowest to the highest.
+ratio of the best times, and the ratios of the single rounds from the lowest to the highest. Rounds go on for
+`--budget` seconds a comparison at most; what does not fit once is measured once, without a round before it.
 
-    python -m benchmarks.attention [--json] [--rounds 5] [--tokens 2048,8192] [--only prefill|sparse|decode]
+    python -m benchmarks.attention [--json] [--rounds 5] [--tokens 2048,8192] [--heads 9,32]
+                                   [--only prefill|sparse|decode] [--budget 8]
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from benchmarks.attention_ort import group_query_attention, sparse_attention
+
 Run = Callable[[], Any]
 # query heads, key/value heads, head width
 SHAPES: Final = ((9, 3, 64), (32, 8, 128))
@@ -28,8 +32,8 @@ SETTLE_SECONDS: Final = 0.01
 # a run that takes less is called twice, and the second call counts
 SHORT_SECONDS: Final = 0.1
 PARTS: Final = ("prefill", "sparse", "decode")
-# a prefill whose causal work is more than this is left out: one call would take half a minute and more
-MOST_FLOPS: Final = 1.5e12
+# seconds that the rounds of one comparison may take
+BUDGET: Final = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +59,16 @@ class Comparison:
         return self.wanted is None or self.speedup >= self.wanted
 
 
-def take_turns(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run in each round; a first round that warms up is not counted."""
+def take_turns(runs: dict[str, Run], rounds: int, budget: float = BUDGET) -> dict[str, list[float]]:
+    """Seconds of each run in each round, as many as `budget` has room for.
+
+    A first round that warms up is not counted, unless there is no time for another.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    began = time.perf_counter()
     for turn in range(rounds + 1):
+        if turn and (time.perf_counter() - began) * (turn + 1) / turn > budget:
+            break
         for name, run in runs.items():
             # let the threads of the one before stop spinning, and wake those of this one
             time.sleep(SETTLE_SECONDS)
@@ -68,15 +78,17 @@ def take_turns(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
             begin = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - begin)
-    return {name: spent[1:] for name, spent in seconds.items()}
+    return {name: spent[1:] or spent for name, spent in seconds.items()}
 
 
 class Bench:
     """The tensors and the implementations of one shape."""
 
-    def __init__(self, heads: int, kv_heads: int, width: int, threads: int, rounds: int) -> None:
+    def __init__(
+        self, heads: int, kv_heads: int, width: int, threads: int, rounds: int, budget: float
+    ) -> None:
         self.heads, self.kv_heads, self.width = heads, kv_heads, width
-        self.threads, self.rounds = threads, rounds
+        self.threads, self.rounds, self.budget = threads, rounds, budget
         self.shape = f"{heads}/{kv_heads}x{width}"
 
     def tensors(self, queries: int, keys: int, dtype: Any) -> list[Any]:
@@ -111,7 +123,7 @@ class Bench:
         wanted: dict[str, float], rounds: int | None = None,
     ) -> Iterator[Comparison]:  # fmt: skip
         """The run called "ours" against every other one; `work` in what `unit` counts a second."""
-        seconds = take_turns(runs, rounds or self.rounds)
+        seconds = take_turns(runs, rounds or self.rounds, self.budget)
         ours = seconds.pop("ours")
         for name, theirs in seconds.items():
             ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
@@ -126,9 +138,6 @@ def prefill(bench: Bench, tokens: int) -> Iterator[Comparison]:
     import torch
 
     flops = 2 * bench.heads * bench.width * tokens * tokens
-    if flops > MOST_FLOPS:
-        return
-    rounds = 2 if flops > 2e11 else bench.rounds
     single, half = (bench.tensors(tokens, tokens, t) for t in (torch.float32, torch.bfloat16))
     for what, tensors, wanted in (("float32", single, 1.0), ("bfloat16", half, 2.0)):
         runs = {"ours": bench.ours(tensors), "torch sdpa": bench.torch_sdpa(tensors, True)}
@@ -137,7 +146,7 @@ def prefill(bench: Bench, tokens: int) -> Iterator[Comparison]:
             runs["ONNX Runtime GQA float32"] = group_query_attention(bench, single, bits=0, used=0)
             wants["ONNX Runtime GQA float32"] = 1.4
         yield from bench.compare(
-            "prefill", what, tokens, runs, work=flops / 1e9, unit="GFLOP/s", wanted=wants, rounds=rounds
+            "prefill", what, tokens, runs, work=flops / 1e9, unit="GFLOP/s", wanted=wants
         )
 
 
@@ -146,8 +155,6 @@ def sparse(bench: Bench, tokens: int) -> Iterator[Comparison]:
     import torch
 
     flops = 2 * bench.heads * bench.width * tokens * tokens
-    if flops > MOST_FLOPS:
-        return
     tensors = bench.tensors(tokens, tokens, torch.float32)
     dense = bench.ours(tensors)
     count = -(-tokens // BLOCK)
@@ -160,6 +167,7 @@ def sparse(bench: Bench, tokens: int) -> Iterator[Comparison]:
         runs = {"ours": bench.ours(tensors, blocks=blocks, block_tokens=BLOCK), "our dense": dense}
         if density == 0.12 and tokens <= 8192 and bench.heads == 9:
             runs["torch, one sdpa a block"] = block_loop(tensors, blocks)
+            runs["ONNX Runtime SparseAttention"] = sparse_attention(bench, tensors, blocks)
             if (flex := flex_attention(tensors, blocks)) is not None:
                 runs["torch FlexAttention, compiled"] = flex
         yield from bench.compare(
@@ -221,64 +229,6 @@ def decode(bench: Bench, tokens: int) -> Iterator[Comparison]:
     )  # fmt: skip
 
 
-def group_query_attention(bench: Bench, tensors: list[Any], *, bits: int, used: int) -> Run:
-    """ONNX Runtime's GroupQueryAttention on the same numbers, over a shared buffer that holds `used`."""
-    import numpy as np
-    import onnx
-    import onnxruntime
-
-    helper, kinds = onnx.helper, onnx.TensorProto
-    q, k, v = (x.numpy() for x in tensors)
-    tokens, capacity = q.shape[2], k.shape[2]
-    cache = kinds.INT8 if bits else kinds.FLOAT
-    names = ["q", "k", "v", "past_k", "past_v", "last", "total"]
-    floats = [(name, kinds.FLOAT, ["b", "t", name]) for name in names[:3]]
-    caches = [(name, cache, ["b", "g", "s", "d"]) for name in names[3:5]]
-    inputs = [*floats, *caches, ("last", kinds.INT32, ["b"]), ("total", kinds.INT32, [])]
-    attributes: dict[str, Any] = {"num_heads": bench.heads, "kv_num_heads": bench.kv_heads}
-    if bits:
-        inputs += [("k_scale", kinds.FLOAT, ["n"]), ("v_scale", kinds.FLOAT, ["n"])]
-        names += [""] * 5 + ["k_scale", "v_scale"]
-        attributes |= {
-            "k_quant_type": "PER_CHANNEL",
-            "v_quant_type": "PER_CHANNEL",
-            "kv_cache_bit_width": bits,
-        }
-    outputs = [("out", kinds.FLOAT, ["b", "t", "q"]), ("new_k", cache, [1] * 4), ("new_v", cache, [1] * 4)]
-    node = helper.make_node(
-        "GroupQueryAttention", names, [o[0] for o in outputs], domain="com.microsoft", **attributes
-    )
-    shown = [helper.make_tensor_value_info(n, t, [f"{n}{d}" for d in dims]) for n, t, dims in outputs]
-    graph = helper.make_graph([node], "g", [helper.make_tensor_value_info(*i) for i in inputs], shown)
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = bench.threads
-    options.log_severity_level = 3
-    # its threads must not spin on while the other sides run
-    options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
-    binding = session.io_binding()
-
-    def packed(x: Any) -> Any:
-        return np.ascontiguousarray(x.transpose(0, 2, 1, 3).reshape(1, x.shape[2], -1), dtype=np.float32)
-
-    new = slice(used, used + tokens)
-    feeds = {"q": packed(q), "k": packed(k[:, :, new]), "v": packed(v[:, :, new])}
-    feeds |= {"last": np.array([used + tokens - 1], np.int32), "total": np.array(used + tokens, np.int32)}
-    if bits:
-        feeds |= {f"{n}_scale": np.full(bench.kv_heads * bench.width, 0.02, np.float32) for n in "kv"}
-        feeds |= {"k": feeds["k"] * 0.02, "v": feeds["v"] * 0.02}
-    for name, value in feeds.items():
-        binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
-    for name, value in (("k", k), ("v", v)):
-        buffer = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(value[:, :, :capacity]))
-        binding.bind_ortvalue_input(f"past_{name}", buffer)
-        binding.bind_ortvalue_output(f"new_{name}", buffer)
-    binding.bind_output("out")
-    return lambda: session.run_with_iobinding(binding)
-
-
 def block_loop(tensors: list[Any], blocks: Any) -> Run:
     """What can be had from torch without a kernel: gather the chosen keys, one sdpa a block of queries."""
     import torch
@@ -337,7 +287,14 @@ def roofline(threads: int) -> dict[str, float]:
     return found
 
 
-def run(tokens: Sequence[int], parts: Sequence[str], rounds: int, threads: int) -> dict[str, Any]:
+def run(
+    tokens: Sequence[int],
+    heads: Sequence[int],
+    parts: Sequence[str],
+    rounds: int,
+    threads: int,
+    budget: float,
+) -> dict[str, Any]:
     """All comparisons, as JSON values; progress goes to stderr."""
     import torch
 
@@ -348,11 +305,11 @@ def run(tokens: Sequence[int], parts: Sequence[str], rounds: int, threads: int) 
     assert library is not None, "there is no kernel library"
     found: list[Comparison] = []
     with torch.no_grad():
-        for shape in SHAPES:
+        for shape in (shape for shape in SHAPES if shape[0] in heads):
             for count in tokens:
                 for part in parts:
                     print(f"{part}: {shape}, {count} tokens", file=sys.stderr)
-                    bench = Bench(*shape, threads, rounds)
+                    bench = Bench(*shape, threads, rounds, budget)
                     found += {"prefill": prefill, "sparse": sparse, "decode": decode}[part](bench, count)
         machine = roofline(threads)
     comparisons = [{**asdict(c), "passed": c.passed} for c in found]
@@ -400,13 +357,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; gives 1 when a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tokens", default="2048,8192,16384,32768", help="lengths")
+    parser.add_argument("--heads", default="9,32", help="query heads of the shapes")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds of one comparison")
     parser.add_argument("--only", choices=PARTS, help="one part of the three")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     parts = (options.only,) if options.only else PARTS
-    result = run([int(t) for t in options.tokens.split(",")], parts, options.rounds, options.threads)
+    tokens, heads = ([int(x) for x in text.split(",")] for text in (options.tokens, options.heads))
+    result = run(tokens, heads, parts, options.rounds, options.threads, options.budget)
     if options.json:
         print(json.dumps(result))
     else:

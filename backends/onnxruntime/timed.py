@@ -59,6 +59,7 @@ class AttentionTask:
     dtype: str = "float32"
     backend: str = BACKEND
     packages: tuple[str, ...] = PACKAGES
+    device: None = None
     _feeds: dict[int, Feeds] = field(default_factory=dict)
 
     @property

@@ -47,6 +47,7 @@ class AttentionTask:
     dtype: str
     backend: str = BACKEND
     packages: tuple[str, ...] = PACKAGES
+    device: None = None
 
     @property
     def space(self) -> Space:

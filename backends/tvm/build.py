@@ -47,10 +47,15 @@ def need_linker() -> None:
         )
 
 
-def build(module: IRModule, path: Path, *, device: str) -> tuple[str, ...]:
-    """Compile `module`, write the library to `path` and, for CUDA, the source beside it; gives the names."""
+def build(module: IRModule, path: Path, *, device: str, kernels: Path | None = None) -> tuple[str, ...]:
+    """Compile `module`, write the library to `path` and, for CUDA, the source beside it; gives the names.
+
+    `kernels`: the kernel library as an object file, linked into the library.
+    """
     executable = tvm.compile(module, target=cuda_target() if device == "cuda" else cpu_target())
-    executable.export_library(str(path))
+    # what is linked in serves this library alone, whatever else the process has loaded
+    linked = {"addons": [str(kernels)], "options": ["-pthread", "-Wl,-Bsymbolic"]} if kernels else {}
+    executable.export_library(str(path), **linked)
     if device != "cuda":
         return (path.name,)
     (path.parent / CUDA_SOURCE).write_text(cuda_source(executable), encoding="utf-8")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import tvm
 from torch import fx
@@ -15,25 +17,37 @@ from tvm.relax.frontend.torch import from_exported_program
 from memcompile.backends.tvm.corrected import CORRECTED
 from memcompile.backends.tvm.kernels import (
     AttentionSizes,
+    AttentionTiles,
     attention_kernel,
     cuda_attention_kernel,
+    library_attention_kernel,
     linear_kernel,
 )
+from memcompile.backends.tvm.tuned import Kernels
 from memcompile.errors import MemcompileError
+from memcompile.tuning import Choice
 
 Importer = Any  # tvm.relax.frontend.torch's importer class, which it does not export
 
 
-def to_relax(program: torch.export.ExportedProgram, function: str, *, device: str) -> tvm.IRModule:
-    """A module with one Relax function of a name. Raises MC901 for an operator that TVM does not import."""
-    kernels: dict[str, Any] = {}
+def to_relax(
+    program: torch.export.ExportedProgram, function: str, *, device: str, kernels: Kernels | None = None
+) -> tvm.IRModule:
+    """A module with one Relax function of a name; `kernels` chooses on the CPU.
+
+    Raises MC203 for attention that only the library has a kernel for, MC901 for an operator that TVM does not
+    import.
+    """
+    made: dict[str, Any] = {}
     try:
         with torch.no_grad(), warnings.catch_warnings():
             # torch and TVM warn of each other's deprecations
             warnings.simplefilter("ignore")
             module = from_exported_program(
-                program, custom_convert_map=_conversions(kernels, function, device)
+                program, custom_convert_map=_conversions(made, function, device, kernels or Kernels())
             )
+    except MemcompileError:
+        raise
     except Exception as error:
         # the importer raises whatever its hundred converters run into
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -52,17 +66,15 @@ def to_relax(program: torch.export.ExportedProgram, function: str, *, device: st
 
 
 def _conversions(
-    kernels: dict[str, Any], function: str, device: str
+    made: dict[str, Any], function: str, device: str, kernels: Kernels
 ) -> dict[str, Callable[[fx.Node, Importer], Any]]:
-    """Converters by operator name; `kernels` maps a kernel's key to its global variable."""
+    """Converters by operator name; `made` maps a kernel's key to its global variable."""
 
     def add(importer: Importer, key: str, make: Callable[[], Any]) -> Any:
-        if key not in kernels:
-            name = f"{function}_{key.split('(', 1)[0]}_{len(kernels)}"
-            kernels[key] = importer.block_builder.add_func(make().with_attr("global_symbol", name), name)
-        return kernels[key]
-
-    make_attention = cuda_attention_kernel if device == "cuda" else attention_kernel
+        if key not in made:
+            name = f"{function}_{key.split('(', 1)[0]}_{len(made)}"
+            made[key] = importer.block_builder.add_func(make().with_attr("global_symbol", name), name)
+        return made[key]
 
     def row_linear(node: fx.Node, importer: Importer) -> Any:
         x, weight = importer.retrieve_args(node)
@@ -74,26 +86,41 @@ def _conversions(
         rows: Any = tvm.tirx.IntImm("int64", 1)
         for size in lead:
             rows = rows * size
-        kernel = add(importer, f"linear({width},{features})", lambda: linear_kernel(width, features))
+        tile = kernels.tuned.linear(width, features)
+        kernel = add(importer, f"linear({width},{features})", lambda: linear_kernel(width, features, **tile))
         flat = x if len(lead) == 1 else builder.emit(relax.op.reshape(x, (rows, width)))
-        made = relax.TensorType((rows, features), "float32")
-        out = builder.emit(relax.op.call_tir(kernel, [flat, weight], made))
+        result = relax.TensorType((rows, features), "float32")
+        out = builder.emit(relax.op.call_tir(kernel, [flat, weight], result))
         return out if len(lead) == 1 else builder.emit(relax.op.reshape(out, (*lead, features)))
 
     def cached_attention(node: fx.Node, importer: Importer) -> Any:
         arguments = importer.retrieve_args(node)
-        tensors = [a for a in arguments[:10] if a is not None]
+        tensors, (k_scale, v_scale, pattern) = list(arguments[:8]), arguments[8:11]
         q, _, v, cache_k, cache_v = tensors[:5]
         sizes = AttentionSizes(
             int(q.ty.shape[1]),
             int(cache_k.ty.shape[1]),
             int(q.ty.shape[3]),
             int(v.ty.shape[3]),
-            *arguments[10:],
+            *arguments[11:],
         )
-        kernel = add(importer, f"attention({sizes})", lambda: make_attention(sizes))
-        made = relax.TensorType((*list(q.ty.shape)[:3], v.ty.shape[3]), "float32")
-        call = relax.op.call_tir_inplace(kernel, tensors, [-1, 3, 4], [made, cache_k.ty, cache_v.ty])
+        choice = kernels.attention(sizes) if device == "cpu" else AttentionTiles()
+        make: Callable[[], Any]
+        if isinstance(choice, Choice):
+            key = f"library_attention({sizes})"
+            make = partial(library_attention_kernel, sizes, key_tile=choice.key_tile, splits=choice.splits)
+            scales = [k_scale, v_scale] if sizes.bits else [_zeros((1,), "float32")] * 2
+            tensors += [*scales, _zeros((1, 4), "int32") if pattern is None else pattern]
+        else:
+            _need_no_choice(sizes)
+            key = f"attention({sizes})"
+            make = partial(attention_kernel, sizes, choice)
+            if device == "cuda":
+                make = partial(cuda_attention_kernel, sizes)
+            tensors += [k_scale, v_scale] if sizes.bits else []
+        kernel = add(importer, key, make)
+        result = relax.TensorType((*list(q.ty.shape)[:3], v.ty.shape[3]), "float32")
+        call = relax.op.call_tir_inplace(kernel, tensors, [-1, 3, 4], [result, cache_k.ty, cache_v.ty])
         return importer.block_builder.emit(call)
 
     def rms_norm(node: fx.Node, importer: Importer) -> Any:
@@ -106,3 +133,18 @@ def _conversions(
         "rms_norm.default": rms_norm,
         **CORRECTED,
     }
+
+
+def _zeros(shape: tuple[int, ...], dtype: str) -> Any:
+    return relax.const(np.zeros(shape, dtype))
+
+
+def _need_no_choice(sizes: AttentionSizes) -> None:
+    if sizes.pattern_block:
+        raise MemcompileError(
+            "MC203",
+            f"attention of {sizes.heads} heads of {sizes.width} channels chooses its keys at run time, which "
+            "only the kernel library does: it cannot be built here, or has no kernel for the device or size",
+            where="passes: attention.sparse",
+            fix="use device: cpu on x86-64 with g++ or clang++, or target.backend: onnxruntime",
+        )

@@ -25,6 +25,7 @@ def cached_attention(
     first_slots: torch.Tensor,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
+    pattern: torch.Tensor | None,
     scale: float,
     causal: bool,
     window: int,
@@ -33,11 +34,14 @@ def cached_attention(
     stride: int,
     softcap: float,
     bits: int,
+    pattern_block: int,
+    pattern_from: int,
 ) -> Triple:
     """Write k, v [B,G,T,D] to slots `first_slots` [B] of the caches [B,G,C,W] in place, and attend.
 
     positions [B,S] of the slots, -1: empty; queries [B,T] are the positions of q [B,H,T,D]. S may be less
-    than C: later slots are not read. Gives the output [B,H,T,D] and the caches.
+    than C: later slots are not read. `pattern` as in `memcompile::attention`. Gives the output [B,H,T,D] and
+    the caches.
     """
     return _unused(), _unused(), _unused()
 
@@ -54,6 +58,7 @@ def _(
     first_slots: torch.Tensor,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
+    pattern: torch.Tensor | None,
     scale: float,
     causal: bool,
     window: int,
@@ -62,6 +67,8 @@ def _(
     stride: int,
     softcap: float,
     bits: int,
+    pattern_block: int,
+    pattern_from: int,
 ) -> Triple:
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
     return out, torch.empty_like(cache_k), torch.empty_like(cache_v)

@@ -20,19 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import tvm
 from tvm.ir.utils import derived_object
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
 
+from memcompile.backends.tvm.place import ENTRY, Here, Place, arguments_of, export, measure
 from memcompile.errors import MemcompileError
 from memcompile.lowering import Progress
 
-ENTRY: Final = "main"
-_REPEATS: Final = 3
-_REPEAT_MILLISECONDS: Final = 10
 _PER_ROUND: Final = 16
 # what MetaSchedule records for a candidate that could not be timed is longer
 _FAILED_SECONDS: Final = 1e9
@@ -55,11 +52,12 @@ class Tuned:
 class _Search:
     """What builder and runner share: built candidates, what was timed, and when to stop."""
 
-    target: Any
+    place: Place
+    folder: Path
     deadline: float
     trials: int
     progress: Progress
-    built: dict[str, Any] = field(default_factory=dict)
+    built: dict[str, Path] = field(default_factory=dict)
     timed: int = 0
     best: float = float("inf")
 
@@ -69,16 +67,16 @@ class _Search:
         try:
             module = RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(module)
             key = f"candidate {len(self.built)}"
-            self.built[key] = tvm.compile(module, target=self.target)
+            self.built[key] = export(module[ENTRY], self.place.target, self.folder / f"{len(self.built)}.so")
         except Exception as error:
             # a schedule that does not compile is a bad candidate, not a fault
             return None, str(error)
         return key, None
 
-    def run(self, key: str, arguments: list[Any]) -> tuple[list[float] | None, str | None]:
-        candidate = self.built.pop(key)
+    def run(self, key: str, information: Any) -> tuple[list[float] | None, str | None]:
         try:
-            seconds = measure(candidate, arguments)
+            arguments = arguments_of(information, self.place.device)
+            seconds = measure(self.place.load(self.built[key]), arguments, device=self.place.device)
         except Exception as error:
             return None, str(error)
         self.timed += 1
@@ -123,21 +121,25 @@ class _Runner(ms.runner.PyRunner):  # type: ignore[misc]
         self.search = search
 
     def run(self, runner_inputs: list[Any]) -> list[Any]:
-        return [
-            _Done(*self.search.run(given.artifact_path, arguments_of(given.args_info)))
-            for given in runner_inputs
-        ]
+        return [_Done(*self.search.run(given.artifact_path, given.args_info)) for given in runner_inputs]
 
 
 def tune_prim_func(
-    func: Any, target: Any, *, trials: int, seconds: float, progress: Progress, seed: int = 0
+    func: Any,
+    place: Place | None = None,
+    *,
+    trials: int,
+    seconds: float,
+    progress: Progress,
+    seed: int = 0,
 ) -> Tuned:
-    """Search a schedule for a `tirx.PrimFunc` of blocks with fixed sizes.
+    """Search a schedule for a `tirx.PrimFunc` of blocks with fixed sizes, on one thread of this machine or on
+    `place`: candidates are compiled here, and run there.
 
-    At most `trials` candidates are timed, none after `seconds`; `progress` hears of each. Set the number of
-    threads before: TVM_NUM_THREADS, or `memcompile.runtime.tvm_library.use_threads`.
+    At most `trials` candidates are timed, none after `seconds`; `progress` hears of each.
     Raises MC120 for a kernel whose sizes are not fixed, MC901 when no candidate could be timed.
     """
+    place = place or Here()
     try:
         information = ms.arg_info.ArgInfo.from_prim_func(func)
     except Exception as error:
@@ -146,16 +148,17 @@ def tune_prim_func(
             fix="specialise it to the sizes of the workload first",
         ) from error  # fmt: skip
     module = tvm.IRModule({ENTRY: func.with_attr("global_symbol", ENTRY)})
-    default = _mean(measure(tvm.compile(module, target=target), arguments_of(information)))
-    search = _Search(target, time.monotonic() + seconds, trials, progress)
     with (
         tempfile.TemporaryDirectory(prefix="memcompile-search-") as folder,
         _quiet(),
         _intrinsics_of_this_cpu(),
     ):
+        unscheduled = place.load(export(func, place.target, Path(folder) / "default.so"))
+        default = _mean(measure(unscheduled, arguments_of(information, place.device), device=place.device))
+        search = _Search(place, Path(folder), time.monotonic() + seconds, trials, progress)
         database = ms.tune_tir(
             module,
-            target,
+            place.target,
             folder,
             trials,
             num_trials_per_iter=min(_PER_ROUND, trials),
@@ -180,21 +183,6 @@ def scheduled(func: Any, trace: str) -> Any:
     schedule = Schedule(tvm.IRModule({ENTRY: func.with_attr("global_symbol", ENTRY)}))
     tvm.s_tir.schedule.Trace.apply_json_to_schedule(tvm.ir.load_json(trace), schedule)
     return RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(schedule.mod)[ENTRY]
-
-
-def measure(built: Any, arguments: list[Any], entry: str = ENTRY, device: Any = None) -> list[float]:
-    """Mean seconds of a call, several times: of a kernel compiled here, or loaded by RPC on `device`."""
-    timer = (built.mod if hasattr(built, "mod") else built).time_evaluator(
-        entry, device or tvm.cpu(), number=1, repeat=_REPEATS, min_repeat_ms=_REPEAT_MILLISECONDS
-    )
-    return [float(result) for result in timer(*arguments).results]
-
-
-def arguments_of(information: Any, device: Any = None) -> list[Any]:
-    """Tensors that a kernel can be timed with: random, so that no value is special."""
-    random = np.random.default_rng(0)
-    arrays = [random.uniform(1, 2, [int(d) for d in i.shape]).astype(str(i.dtype)) for i in information]
-    return [tvm.runtime.tensor(array, device or tvm.cpu()) for array in arrays]
 
 
 def _mean(seconds: Any) -> float:

@@ -24,8 +24,11 @@ aten: Any = torch.ops.aten
 ours: Any = torch.ops.memcompile_tvm
 # dialect operators that TVM has an operator of its own for
 KEPT: Final = ("rms_norm",)
-_ATTENTION_TENSORS: Final = ("q", "k", "v", "past_k", "past_v", "positions", "k_scale", "v_scale")
-_ATTENTION_FACTS: Final = ("scale", "causal", "window", "sinks", "block", "stride", "softcap", "bits")
+_ATTENTION_TENSORS: Final = ("q", "k", "v", "past_k", "past_v", "positions", "k_scale", "v_scale", "pattern")
+_ATTENTION_FACTS: Final = (
+    "scale", "causal", "window", "sinks", "block", "stride", "softcap", "bits", "pattern_block",
+    "pattern_from",
+)  # fmt: skip
 
 
 class Tracer(DefinitionInterpreter):
@@ -91,7 +94,7 @@ class Tracer(DefinitionInterpreter):
         return ours.cached_attention(
             tensors["q"], tensors["k"], tensors["v"], tensors["past_k"], tensors["past_v"],
             tensors["positions"], self._query_positions(), self._first_slots[table],
-            tensors.get("k_scale"), tensors.get("v_scale"),
+            tensors.get("k_scale"), tensors.get("v_scale"), tensors.get("pattern"),
             *(value[name] for name in _ATTENTION_FACTS),
         )  # fmt: skip
 

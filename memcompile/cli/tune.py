@@ -24,6 +24,7 @@ Examples:
   memcompile tune out/ --time-budget 300          an artifact, at the workload it was made for
   memcompile tune --heads 32 --kv-heads 8 --width 128 --bits 0 --bits 8 --prompt-tokens 16384
   memcompile tune --plan plan.yaml --again        the plan's model and workload, measured anew
+  memcompile tune model.gguf --engine tvm --rpc board:9090     TVM's kernels, timed on another machine
   memcompile tune --list
 """
 
@@ -38,7 +39,35 @@ Examples:
     help="Take the workload, the target and, without MODEL, the model from a plan.",
 )
 @click.option(
-    "--backend", metavar="NAME", help="onnxruntime or torch; the plan's or the artifact's if not given."
+    "--backend",
+    metavar="NAME",
+    help="onnxruntime, torch or tvm; the plan's or the artifact's if not given.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["spaces", "tvm"]),
+    default="spaces",
+    show_default=True,
+    help="spaces: what the backend declares. tvm: backend tvm, and MetaSchedule for linear layers.",
+)
+@click.option(
+    "--product",
+    "products",
+    metavar="WxF",
+    multiple=True,
+    help="With --engine tvm: a linear layer from W to F channels, in place of the model's; may be repeated.",
+)
+@click.option(
+    "--trials",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Schedules that MetaSchedule times for each linear layer.",
+)
+@click.option(
+    "--rpc",
+    metavar="HOST:PORT",
+    help="Time backend tvm on the machine that runs TVM's RPC server there; docs/tune.md.",
 )
 @click.option("--heads", type=click.IntRange(min=1), help="Query heads, in place of a model.")
 @click.option(
@@ -99,6 +128,10 @@ def tune(
     listing: bool,
     clear: bool,
     bits: tuple[str, ...],
+    engine: str,
+    trials: int,
+    rpc: str | None,
+    products: tuple[str, ...],
     **sizes: Any,
 ) -> None:
     """Measure the attention implementations of a backend on this machine, and remember the fastest.
@@ -107,7 +140,7 @@ def tune(
     `optimize` wrote. Prefill and decode of each attention region are timed at the workload; `optimize` then
     uses what was fastest. Results are kept with the machine and the versions they were measured with.
     """
-    from memcompile.tuning import Database, Settings, make_task, problems
+    from memcompile.tuning import Database, Settings
     from memcompile.tuning import tune as search
 
     database = Database.at(database_path)
@@ -118,15 +151,14 @@ def tune(
         _list(output, database)
         return
     from memcompile.cli.tune_subject import Asked, subject_of
+    from memcompile.cli.tune_tasks import Engine, tasks_of
 
     with output.progress() as progress:
-        asked = Asked(plan=plan_path, bits=tuple(int(b) for b in bits), **sizes)
+        asked = Asked(
+            plan=plan_path, bits=tuple(int(b) for b in bits), engine=engine, products=products, **sizes
+        )
         found = subject_of(subject, asked, progress)
-        tasks = [
-            make_task(found.backend, problem, threads=found.workload.threads, dtype=dtype)
-            for ask in found.asks
-            for problem in problems(ask.shape, found.workload, ask.held_tokens)
-        ]
+        tasks = tasks_of(found, Engine(dtype, time_budget, trials, rpc))
         outcome = search(
             tasks,
             database,
@@ -228,14 +260,17 @@ def _print_table(console: Console, records: Iterable[Record]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from memcompile.tuning import Problem
+    from memcompile.tuning import DECODE, PREFILL, Problem, Product, crossover
 
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("attention")
+    table.add_column("what")
     for name in ("default", "time", "tuned", "time", "gain", "spread"):
         table.add_column(name, justify="left" if name in ("default", "tuned") else "right")
     for record in records:
-        problem = Problem.from_sizes(record.key.operator, record.key.sizes)
+        kind: Any = Problem if record.key.operator in (PREFILL, DECODE) else Product
+        if record.key.operator.startswith(crossover.SPARSE):
+            kind = crossover.Length
+        problem = kind.from_sizes(record.key.operator, record.key.sizes)
         same = record.winner == record.default
         cells = [
             str(problem),

@@ -1,27 +1,37 @@
-"""What `memcompile tune` tunes: the attention regions of a model or an artifact, at a workload."""
+"""What `memcompile tune` tunes: the attention regions of a model or an artifact, at a workload.
+
+With TVM's engine, the linear layers of a model as well.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from memcompile.errors import MemcompileError
 from memcompile.plan import Plan, load_plan
 from memcompile.progress import Progress
 from memcompile.tuning import Ask, Shape, Workload
 
+if TYPE_CHECKING:
+    from memcompile.frontend import Captured
+
 MANIFEST: Final = "manifest.json"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Regions that differ, the workload, and the backend they run on."""
+    """Regions that differ, the workload, and the backend they run on.
+
+    products: channels in and out of linear layers that differ, and whether prompts run through them whole.
+    """
 
     asks: tuple[Ask, ...]
     workload: Workload
     backend: str
+    products: tuple[tuple[int, int, bool], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,20 +50,28 @@ class Asked:
     new_tokens: int | None = None
     batch: int | None = None
     threads: int | None = None
+    engine: str = "spaces"
+    products: tuple[str, ...] = ()
 
 
 def subject_of(source: str | None, asked: Asked, progress: Progress) -> Subject:
     """Read the regions of a model or an artifact, or take the sizes that were given.
 
     Raises:
-        MemcompileError: MC120, neither sizes nor a source are given, or both.
+        MemcompileError: MC120, neither sizes nor a source are given, or both, or sizes that are none.
     """
     plan = load_plan(asked.plan) if asked.plan else load_plan({})
+    if asked.engine == "tvm":
+        asked = replace(asked, backend="tvm")
+    elif asked.products:
+        raise _usage("--product is given without --engine tvm", "add --engine tvm")
     if asked.heads is not None:
         if source is not None:
             raise _usage(f"{source} and --heads are given, one is wanted", "leave one of them out")
         return _with_options((_shape(asked),), plan, asked, {})
     source = source or plan.model_source()
+    if source is None and asked.products:
+        return _with_options((), plan, asked, {})
     if source is None:
         raise _usage(
             "there is nothing to tune", "give a MODEL, an ARTIFACT, or --heads, --kv-heads and --width"
@@ -61,8 +79,11 @@ def subject_of(source: str | None, asked: Asked, progress: Progress) -> Subject:
     if (Path(source) / MANIFEST).is_file():
         return _of_artifact(Path(source), plan, asked)
     from memcompile import pipeline
+    from memcompile.frontend import capture
 
-    found = pipeline.inspect(source, progress=progress)
+    progress.stage("capture the model")
+    captured = capture(source)
+    found = pipeline.inspect(captured)
     shapes = (
         Shape(r["heads"], r["kv_heads"], r["head_dim"], window=r["window_tokens"] or 0)
         for r in found["regions"]
@@ -71,7 +92,21 @@ def subject_of(source: str | None, asked: Asked, progress: Progress) -> Subject:
     alike = tuple(dict.fromkeys(shapes))
     if not alike:
         raise _usage(f"{source} has no causal attention", "tune a model that generates")
-    return _with_options(alike, plan, asked, {})
+    layers = _linear_layers(captured) if asked.engine == "tvm" and not asked.products else ()
+    return replace(_with_options(alike, plan, asked, {}), products=layers)
+
+
+def _linear_layers(captured: Captured) -> tuple[tuple[int, int, bool], ...]:
+    """Channels in and out of the linear layers; of a prompt only the last token goes through the head."""
+    import torch
+
+    linear = (torch.ops.aten.linear.default, torch.ops.memcompile.quantized_linear.default)
+    found = []
+    for node in captured.graph.graph.nodes:
+        if node.target in linear:
+            width, features = (int(n.meta["val"].shape[-1]) for n in (node.args[0], node))
+            found.append((width, features, features != captured.model.vocab_size))
+    return tuple(dict.fromkeys(found))
 
 
 def _of_artifact(folder: Path, plan: Plan, asked: Asked) -> Subject:
@@ -112,7 +147,15 @@ def _with_options(shapes: Sequence[Shape], plan: Plan, asked: Asked, held: dict[
         for bits in (asked.bits or (shape.bits,))
     ]
     asks = tuple(Ask(str(shape), shape, kept) for shape, kept in dict.fromkeys(wanted))
-    return Subject(asks, workload, asked.backend or plan.target.backend)
+    given = tuple((*_product(text), True) for text in asked.products)
+    return Subject(asks, workload, asked.backend or plan.target.backend, given)
+
+
+def _product(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
+        raise _usage(f"{text!r} is no linear layer", "write channels in and out: --product 576x1536")
+    return int(parts[0]), int(parts[1])
 
 
 def _shape(asked: Asked) -> Shape:

@@ -15,15 +15,18 @@ from memcompile.tuning.attention import (
 )
 from memcompile.tuning.choice import Ask, Choice, Choices, choose
 from memcompile.tuning.database import Database, default_database
+from memcompile.tuning.products import PRODUCT_DECODE, PRODUCT_PREFILL, Product, products
 from memcompile.tuning.records import Key, Record
 from memcompile.tuning.search import Settings
 from memcompile.tuning.space import Candidate, Parameter, Sizes, Space
-from memcompile.tuning.tuner import TASKS, Opened, Outcome, Task, make_task, tune
+from memcompile.tuning.tuner import TASKS, Opened, Outcome, Task, Tuned, make_task, tune
 
 __all__ = [
     "DECODE",
     "KERNELS",
     "PREFILL",
+    "PRODUCT_DECODE",
+    "PRODUCT_PREFILL",
     "TASKS",
     "Ask",
     "Candidate",
@@ -36,17 +39,20 @@ __all__ = [
     "Outcome",
     "Parameter",
     "Problem",
+    "Product",
     "Record",
     "Settings",
     "Shape",
     "Sizes",
     "Space",
     "Task",
+    "Tuned",
     "Workload",
     "choose",
     "default_database",
     "make_task",
     "problems",
+    "products",
     "space_of",
     "tune",
 ]

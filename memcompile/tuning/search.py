@@ -80,11 +80,11 @@ class Search:
         everyone = self.space.candidates(self.sizes)
         small = len(everyone) <= self.settings.exhaustive
         race = Race({}, self.work, clock=self.clock, seed=self.settings.seed)
-        self._admit(race, everyone if small else self._sampled(everyone))
+        self._admit(race, everyone if small else self._sampled(everyone), race_ends)
         for done in range(self.settings.rounds):
             self.update(done, self.settings.rounds + DUEL_ROUNDS)
             race.run(1, race_ends)
-        while not small and self.clock() < race_ends and self._climb(race):
+        while not small and self.clock() < race_ends and self._climb(race, race_ends):
             race.run(self.settings.rounds, race_ends)
         duel = self._duel(race, begin + self.settings.seconds)
         winner = duel.ranking()[0]
@@ -102,12 +102,17 @@ class Search:
         chosen = random.Random(self.settings.seed).sample(everyone[1:], self.settings.sample)
         return [everyone[0], *chosen]
 
-    def _admit(self, race: Race, candidates: Sequence[Candidate]) -> int:
-        """Prepare candidates that are new, and let those run that are right; how many those are."""
+    def _admit(self, race: Race, candidates: Sequence[Candidate], deadline: float) -> int:
+        """Prepare candidates that are new, and let those run that are right; how many those are.
+
+        Candidates may have to be compiled: none but the default is prepared after the deadline.
+        """
         admitted = 0
         for candidate in candidates:
             if candidate in race.runs or candidate in self.refused:
                 continue
+            if race.runs and self.clock() >= deadline:
+                break
             run = self.prepare(candidate)
             if not isinstance(run, str):
                 race.runs[candidate] = run
@@ -118,9 +123,9 @@ class Search:
                 self.refused[candidate] = run
         return admitted
 
-    def _climb(self, race: Race) -> bool:
+    def _climb(self, race: Race, deadline: float) -> bool:
         """Let the neighbours of the best join the race; whether there were new ones."""
-        return self._admit(race, self.space.neighbours(race.ranking()[0], self.sizes)) > 0
+        return self._admit(race, self.space.neighbours(race.ranking()[0], self.sizes), deadline) > 0
 
     def _duel(self, race: Race, deadline: float) -> Race:
         best = [c for c in race.ranking() if c != self.space.default]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final, Protocol
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from memcompile.errors import MemcompileError
 from memcompile.progress import SILENT, Progress
-from memcompile.tuning.attention import Problem
 from memcompile.tuning.database import Database
 from memcompile.tuning.machine import fingerprint, versions
 from memcompile.tuning.records import Key, Record
@@ -26,32 +25,51 @@ from memcompile.tuning.timing import Clock, Run
 TASKS: Final[dict[str, str]] = {
     "onnxruntime": "memcompile.backends.onnxruntime.timed:attention_task",
     "torch": "memcompile.backends.torch.timed:attention_task",
+    "tvm": "memcompile.backends.tvm.timed:task_of",
 }
 
 
 class Opened(Protocol):
     """A candidate that is ready to run."""
 
-    def run(self) -> None:
-        """Do the work once."""
+    def run(self) -> float | None:
+        """Do the work once; gives its seconds where another machine did it."""
 
     def output(self) -> NDArray[Any]:
         """What the work gives, in the same order for every candidate."""
+
+
+class Tuned(Protocol):
+    """What a task is about: `Problem` (attention) or `Product` (a linear layer)."""
+
+    operator: str
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the time depends on."""
+
+    def repeats(self, candidate: Candidate) -> int:
+        """Calls of one run."""
+
+    def runs(self, candidate: Candidate) -> float:
+        """Runs that the whole work takes."""
 
 
 class Task(Protocol):
     """What is tuned: a problem on one backend.
 
     `tolerance`: how far an output may be from the default's, relative to the default's largest value.
+    `device`: what tells the machine that runs it from others; None: this one.
     """
 
     backend: str
-    problem: Problem
+    problem: Any
     dtype: str
     threads: int
     space: Space
     packages: tuple[str, ...]
     tolerance: float
+    device: Mapping[str, str | int] | None
 
     def open(self, candidate: Candidate) -> Opened:
         """Make a candidate ready. Raises ValueError when it cannot run, with the reason."""
@@ -63,24 +81,26 @@ class Outcome:
 
     records: list[Record] = field(default_factory=list)
     known: list[Record] = field(default_factory=list)
-    left: list[Problem] = field(default_factory=list)
+    left: list[Tuned] = field(default_factory=list)
 
 
-def make_task(backend: str, problem: Problem, *, threads: int, dtype: str) -> Task:
-    """The task of a backend. Raises MC112 for a backend that has nothing to tune."""
+def make_task(backend: str, problem: Tuned, *, threads: int, dtype: str, **engine: Any) -> Task:
+    """The task of a backend; `engine` has what it alone understands. Raises MC112 for a backend without."""
     if backend not in TASKS:
         raise MemcompileError(
             "MC112", f"backend {backend!r} has nothing to tune", fix=f"use one of {', '.join(TASKS)}"
         )
     module, _, attribute = TASKS[backend].partition(":")
-    task: Task = getattr(importlib.import_module(module), attribute)(problem, threads=threads, dtype=dtype)
+    task: Task = getattr(importlib.import_module(module), attribute)(
+        problem, threads=threads, dtype=dtype, **engine
+    )  # fmt: skip
     return task
 
 
 def key_of(task: Task) -> Key:
     """Where a task's record stands in the database."""
     problem = task.problem
-    device = fingerprint(task.threads)
+    device = task.device or fingerprint(task.threads)
     return Key(task.backend, problem.operator, problem.sizes, task.dtype, device, versions(task.packages))
 
 
@@ -173,8 +193,8 @@ class Twin:
     def _repeated(self, candidate: Candidate, run: Run) -> Run:
         times = self.task.problem.repeats(candidate)
 
-        def repeated() -> None:
-            for _ in range(times):
-                run()
+        def repeated() -> float | None:
+            told = [run() for _ in range(times)]
+            return sum(seconds for seconds in told if seconds is not None) if told[0] is not None else None
 
         return repeated

@@ -39,6 +39,7 @@ class Toy:
     space: Space = TWO
     packages: tuple[str, ...] = ("numpy",)
     tolerance: float = 1e-3
+    device: None = None
 
     def open(self, candidate: Candidate) -> Any:
         return Ready(self.machine.runner(candidate), self.answer(candidate))

@@ -14,13 +14,25 @@ from tvm.script import tirx as T
 
 from memcompile.backends.tvm.kernels.arithmetic import LANES, OPAQUE, all_of, any_of, exp
 
-BLOCK: Final = 64  # keys a block
-CHUNKS: Final = BLOCK // LANES
-ROWS: Final = 4  # rows of the register tile
-TILE_ROWS: Final = 24  # rows (tokens x heads of a group) that share a block of keys
 LOWEST: Final = -1e30  # below every score; finite, so that differences are never NaN
 LAST: Final = 2**31 - 1
 STORAGE: Final = {0: "float32", 8: "int8", 4: "uint8"}
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTiles:
+    """How the work is cut; the results do not depend on it but for the order of sums.
+
+    keys: of a block, a multiple of 16. rows: of the register tile. tile_rows: rows (tokens x heads of a
+    group) that share a block of keys.
+    """
+
+    keys: int = 64
+    rows: int = 4
+    tile_rows: int = 24
+
+
+DEFAULT_TILES: Final = AttentionTiles()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +51,8 @@ class AttentionSizes:
     stride: int = 0
     softcap: float = 0.0
     bits: int = 0
+    pattern_block: int = 0
+    pattern_from: int = 0
 
     @property
     def stored(self) -> tuple[int, int]:
@@ -109,7 +123,7 @@ class AttentionSizes:
         return T.Cast("float32", code) * scale[group * width + channel]
 
 
-def attention_kernel(sizes: AttentionSizes) -> Any:
+def attention_kernel(sizes: AttentionSizes, tiles: AttentionTiles = DEFAULT_TILES) -> Any:
     """A kernel over q [B,H,T,D], k, v [B,G,T,D], caches [B,G,C,W], positions [B,S], query positions [B,T],
     first slots [B], then k_scale, v_scale [G*D] when quantised, and the output [B,H,T,D].
 
@@ -117,11 +131,12 @@ def attention_kernel(sizes: AttentionSizes) -> Any:
     and slots are int64; values float32 or codes. A row that sees nothing gives 0; empty slots may hold NaN.
     """
     s = sizes
+    keys_block, chunks_block, regs_rows = tiles.keys, tiles.keys // LANES, tiles.rows
     heads, groups, width, value_width = s.heads, s.kv_heads, s.width, s.value_width
     stored, value_stored = s.stored
     repeats = heads // groups
-    tokens = max(1, TILE_ROWS // repeats)
-    rows = -(-repeats * tokens // ROWS) * ROWS
+    tokens = max(1, tiles.tile_rows // repeats)
+    rows = -(-repeats * tokens // regs_rows) * regs_rows
     value_chunks = -(-value_width // LANES)
     value_padded = value_chunks * LANES
     storage = STORAGE[s.bits]
@@ -141,23 +156,23 @@ def attention_kernel(sizes: AttentionSizes) -> Any:
 
     @T.inline
     def score(regs, queries, keys, ro):
-        for r in T.unroll(T.int64(ROWS)):
-            for c in T.unroll(T.int64(CHUNKS)):
+        for r in T.unroll(T.int64(regs_rows)):
+            for c in T.unroll(T.int64(chunks_block)):
                 for lane in T.vectorized(T.int64(LANES)):
                     regs[r, c, lane] = T.float32(0)
         for d in T.serial(T.int64(width)):
-            for r in T.unroll(T.int64(ROWS)):
-                for c in T.unroll(T.int64(CHUNKS)):
+            for r in T.unroll(T.int64(regs_rows)):
+                for c in T.unroll(T.int64(chunks_block)):
                     for lane in T.vectorized(T.int64(LANES)):
                         regs[r, c, lane] = (
-                            regs[r, c, lane] + queries[ro * ROWS + r, d] * keys[d, c * LANES + lane]
+                            regs[r, c, lane] + queries[ro * regs_rows + r, d] * keys[d, c * LANES + lane]
                         )
 
     @T.inline
     def softmax(regs, best, row, r, maxima, sums, weights, out, query_positions, key_positions):
         for lane in T.vectorized(T.int64(LANES)):
             best[lane] = maxima[row]
-        for c in T.unroll(T.int64(CHUNKS)):
+        for c in T.unroll(T.int64(chunks_block)):
             for lane in T.vectorized(T.int64(LANES)):
                 regs[r, c, lane] = T.Select(
                     s.visible(query_positions[row], key_positions[c * LANES + lane]),
@@ -178,7 +193,7 @@ def attention_kernel(sizes: AttentionSizes) -> Any:
         maxima[row] = best[0]
         for lane in T.vectorized(T.int64(LANES)):
             sums[row, lane] = sums[row, lane] * best[1]
-        for c in T.unroll(T.int64(CHUNKS)):
+        for c in T.unroll(T.int64(chunks_block)):
             for lane in T.vectorized(T.int64(LANES)):
                 weights[row, c * LANES + lane] = T.Select(
                     regs[r, c, lane] > T.float32(LOWEST / 2), exp(regs[r, c, lane] - best[0]), T.float32(0)
@@ -191,26 +206,26 @@ def attention_kernel(sizes: AttentionSizes) -> Any:
 
     @T.inline
     def accumulate(regs, weights, values, out, ro, chunks, first):
-        for r in T.unroll(T.int64(ROWS)):
+        for r in T.unroll(T.int64(regs_rows)):
             for c in T.unroll(T.int64(chunks)):
                 for lane in T.vectorized(T.int64(LANES)):
                     regs[r, c, lane] = T.float32(0)
-        for key in T.serial(T.int64(BLOCK)):
-            for r in T.unroll(T.int64(ROWS)):
+        for key in T.serial(T.int64(keys_block)):
+            for r in T.unroll(T.int64(regs_rows)):
                 for c in T.unroll(T.int64(chunks)):
                     for lane in T.vectorized(T.int64(LANES)):
                         regs[r, c, lane] = (
                             regs[r, c, lane]
-                            + weights[ro * ROWS + r, key] * values[key, (first + c) * LANES + lane]
+                            + weights[ro * regs_rows + r, key] * values[key, (first + c) * LANES + lane]
                         )
-        for r in T.unroll(T.int64(ROWS)):
+        for r in T.unroll(T.int64(regs_rows)):
             for c in T.unroll(T.int64(chunks)):
                 for lane in T.vectorized(T.int64(LANES)):
-                    out[ro * ROWS + r, (first + c) * LANES + lane] = (
-                        out[ro * ROWS + r, (first + c) * LANES + lane] + regs[r, c, lane]
+                    out[ro * regs_rows + r, (first + c) * LANES + lane] = (
+                        out[ro * regs_rows + r, (first + c) * LANES + lane] + regs[r, c, lane]
                     )
 
-    whole, rest = divmod(value_chunks, CHUNKS)
+    whole, rest = divmod(value_chunks, chunks_block)
     has_rest = rest > 0
 
     @T.inline
@@ -230,17 +245,17 @@ def attention_kernel(sizes: AttentionSizes) -> Any:
             g = task // tiles % groups
             first = task % tiles * tokens
             used = T.min(t_count - first, tokens) * repeats
-            keys = T.alloc_buffer((width, BLOCK), "float32", scope="local")
-            values = T.alloc_buffer((BLOCK, value_padded), "float32", scope="local")
+            keys = T.alloc_buffer((width, keys_block), "float32", scope="local")
+            values = T.alloc_buffer((keys_block, value_padded), "float32", scope="local")
             queries = T.alloc_buffer((rows, width), "float32", scope="local")
-            weights = T.alloc_buffer((rows, BLOCK), "float32", scope="local")
+            weights = T.alloc_buffer((rows, keys_block), "float32", scope="local")
             sum_out = T.alloc_buffer((rows, value_padded), "float32", scope="local")
             maxima = T.alloc_buffer((rows,), "float32", scope="local")
             sums = T.alloc_buffer((rows, LANES), "float32", scope="local")
-            key_positions = T.alloc_buffer((BLOCK,), "int32", scope="local")
+            key_positions = T.alloc_buffer((keys_block,), "int32", scope="local")
             query_positions = T.alloc_buffer((rows,), "int32", scope="local")
             span = T.alloc_buffer((4,), "int32", scope="local")
-            regs = T.alloc_buffer((ROWS, CHUNKS, LANES), "float32", scope="local")
+            regs = T.alloc_buffer((regs_rows, chunks_block, LANES), "float32", scope="local")
             best = T.alloc_buffer((LANES,), "float32", scope="local")
             span[0] = T.int32(LAST)
             span[1] = T.int32(-1)
@@ -265,16 +280,16 @@ def attention_kernel(sizes: AttentionSizes) -> Any:
                     )
                 for d in T.serial(T.int64(value_padded)):
                     sum_out[row, d] = T.float32(0)
-            for key in T.serial(T.int64(BLOCK)):
+            for key in T.serial(T.int64(keys_block)):
                 for d in T.serial(T.int64(value_padded)):
                     values[key, d] = T.float32(0)
-            for kb in T.serial((shown + BLOCK - 1) // BLOCK):
+            for kb in T.serial((shown + keys_block - 1) // keys_block):
                 span[2] = T.int32(LAST)
                 span[3] = T.int32(-1)
-                for key in T.serial(T.int64(BLOCK)):
+                for key in T.serial(T.int64(keys_block)):
                     key_positions[key] = T.if_then_else(
-                        kb * BLOCK + key < shown,
-                        T.Cast("int32", positions[b, T.min(kb * BLOCK + key, shown - 1)]),
+                        kb * keys_block + key < shown,
+                        T.Cast("int32", positions[b, T.min(kb * keys_block + key, shown - 1)]),
                         T.int32(-1),
                     )
                     span[2] = T.min(
@@ -282,9 +297,9 @@ def attention_kernel(sizes: AttentionSizes) -> Any:
                     )
                     span[3] = T.max(span[3], key_positions[key])
                 if T.Not(s.hidden(span[0], span[1], span[2], span[3])):
-                    for key in T.serial(T.int64(BLOCK)):
+                    for key in T.serial(T.int64(keys_block)):
                         # past the last slot there is nothing to read; positions hide it
-                        held = T.min(kb * BLOCK + key, slots - 1)
+                        held = T.min(kb * keys_block + key, slots - 1)
                         for d in T.serial(T.int64(width)):
                             keys[d, key] = s.value(cache_k, k_scale, b, g, held, d, width)
                         for d in T.serial(T.int64(value_width)):
@@ -294,17 +309,19 @@ def attention_kernel(sizes: AttentionSizes) -> Any:
                                 s.value(cache_v, v_scale, b, g, held, d, value_width),
                                 T.float32(0),
                             )
-                    for ro in T.serial((used + ROWS - 1) // ROWS):
+                    for ro in T.serial((used + regs_rows - 1) // regs_rows):
                         score(regs, queries, keys, ro)
-                        for r in T.unroll(T.int64(ROWS)):
+                        for r in T.unroll(T.int64(regs_rows)):
                             softmax(
-                                regs, best, ro * ROWS + r, r, maxima, sums, weights, sum_out,
+                                regs, best, ro * regs_rows + r, r, maxima, sums, weights, sum_out,
                                 query_positions, key_positions,
                             )  # fmt: skip
                         for c in T.serial(T.int64(whole)):
-                            accumulate(regs, weights, values, sum_out, ro, CHUNKS, c * CHUNKS)
+                            accumulate(regs, weights, values, sum_out, ro, chunks_block, c * chunks_block)
                         if has_rest:
-                            accumulate(regs, weights, values, sum_out, ro, rest, T.int64(whole * CHUNKS))
+                            accumulate(
+                                regs, weights, values, sum_out, ro, rest, T.int64(whole * chunks_block)
+                            )
             for row in T.serial(used):
                 best[0] = T.float32(0)
                 for lane in T.serial(T.int64(LANES)):

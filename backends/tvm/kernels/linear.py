@@ -8,44 +8,45 @@ from tvm.script import tirx as T
 
 from memcompile.backends.tvm.kernels.arithmetic import LANES, OPAQUE
 
+# the register tile
 ROWS: Final = 4
 FEATURES: Final = 4
 
 
-def linear_kernel(width: int, features: int) -> Any:
+def linear_kernel(width: int, features: int, *, rows: int = ROWS, columns: int = FEATURES) -> Any:
     """`out = x @ weight.T` in float32: x [N,width], weight [features,width], out [N,features]; any N.
 
-    A tile is 4 rows x 4 features, each sum in one vector over the width, so the weight needs no packing.
+    A tile is `rows` x `columns` features, each sum in one vector over the width: the weight needs no packing.
     Threads share the features; a tile of the weight is read from memory once for all rows.
     """
     full, rest = divmod(width, LANES)
     has_rest = rest > 0
-    tiles = -(-features // FEATURES)
+    tiles = -(-features // columns)
 
     @T.inline
-    def tile(x, weight, out, sums, rows, row, feature):
-        for r in T.unroll(T.int64(rows)):
-            for f in T.unroll(T.int64(FEATURES)):
+    def tile(x, weight, out, sums, count, row, feature):
+        for r in T.unroll(T.int64(count)):
+            for f in T.unroll(T.int64(columns)):
                 for lane in T.vectorized(T.int64(LANES)):
                     sums[r, f, lane] = T.float32(0)
         for k in T.serial(T.int64(full)):
-            for r in T.unroll(T.int64(rows)):
-                for f in T.unroll(T.int64(FEATURES)):
+            for r in T.unroll(T.int64(count)):
+                for f in T.unroll(T.int64(columns)):
                     for lane in T.vectorized(T.int64(LANES)):
                         sums[r, f, lane] = sums[r, f, lane] + (
                             x[row + r, k * LANES + lane]
                             * weight[T.min(feature + f, features - 1), k * LANES + lane]
                         )
         if has_rest:
-            for r in T.unroll(T.int64(rows)):
-                for f in T.unroll(T.int64(FEATURES)):
+            for r in T.unroll(T.int64(count)):
+                for f in T.unroll(T.int64(columns)):
                     for lane in T.serial(T.int64(rest)):
                         sums[r, f, lane] = sums[r, f, lane] + (
                             x[row + r, full * LANES + lane]
                             * weight[T.min(feature + f, features - 1), full * LANES + lane]
                         )
-        for r in T.unroll(T.int64(rows)):
-            for f in T.unroll(T.int64(FEATURES)):
+        for r in T.unroll(T.int64(count)):
+            for f in T.unroll(T.int64(columns)):
                 for lane in T.vectorized(T.int64(8)):
                     sums[r, f, lane] = sums[r, f, lane] + sums[r, f, lane + 8]
                 for lane in T.vectorized(T.int64(4)):
@@ -63,10 +64,10 @@ def linear_kernel(width: int, features: int) -> Any:
         weight = T.match_buffer(weight_handle, (features, width), "float32", align=4)
         out = T.match_buffer(out_handle, (n, features), "float32", align=4)
         for fo in T.parallel(T.int64(tiles)):
-            sums = T.alloc_buffer((ROWS, FEATURES, LANES), "float32", scope="local")
-            for no in T.serial(n // ROWS):
-                tile(x, weight, out, sums, ROWS, no * ROWS, fo * FEATURES)
-            for row in T.serial(n % ROWS):
-                tile(x, weight, out, sums, 1, n // ROWS * ROWS + row, fo * FEATURES)
+            sums = T.alloc_buffer((rows, columns, LANES), "float32", scope="local")
+            for no in T.serial(n // rows):
+                tile(x, weight, out, sums, rows, no * rows, fo * columns)
+            for row in T.serial(n % rows):
+                tile(x, weight, out, sums, 1, n // rows * rows + row, fo * columns)
 
     return linear
