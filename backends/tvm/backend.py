@@ -16,7 +16,7 @@ from memcompile.kernels import find_library
 from memcompile.kernels.build import build_object
 from memcompile.lowering import Lowered, Progress, inline_higher_order
 from memcompile.lowering.interface import forward_interface, step_sizes
-from memcompile.program import Program, without_pages
+from memcompile.program import Program, without_choices
 from memcompile.regions import argument
 from memcompile.tuning import Database, Workload
 
@@ -75,7 +75,7 @@ class TvmBackend:
             Tuned(self._workload if device == "cpu" else None, self._database),
         )
         chunk, decisions = _chunk_tokens(program), _page_decisions(program)
-        program = without_pages(program)
+        program = without_choices(program)
         states: tuple[StateEntry, ...] = ()
         groups: tuple[GroupEntry, ...] = ()
         if program.step is None:

@@ -127,8 +127,8 @@ class Call:
             raise ValueError(f"it does not run: {str(error).splitlines()[0]}") from error
 
     def output(self) -> NDArray[Any]:
-        out: NDArray[Any] = self._arguments[self._turn][-1].numpy()
-        return out[self._part]
+        out: NDArray[Any] = self._arguments[self._turn][-1].numpy()[self._part]
+        return out
 
 
 @dataclass

@@ -19,7 +19,7 @@ from memcompile.tuning.products import PRODUCT_DECODE, PRODUCT_PREFILL, Product,
 from memcompile.tuning.records import Key, Record
 from memcompile.tuning.search import Settings
 from memcompile.tuning.space import Candidate, Parameter, Sizes, Space
-from memcompile.tuning.tuner import TASKS, Opened, Outcome, Task, Tuned, make_task, tune
+from memcompile.tuning.tuner import TASKS, Opened, Outcome, Task, Tunable, make_task, tune
 
 __all__ = [
     "DECODE",
@@ -46,7 +46,7 @@ __all__ = [
     "Sizes",
     "Space",
     "Task",
-    "Tuned",
+    "Tunable",
     "Workload",
     "choose",
     "default_database",

@@ -39,7 +39,7 @@ class Opened(Protocol):
         """What the work gives, in the same order for every candidate."""
 
 
-class Tuned(Protocol):
+class Tunable(Protocol):
     """What a task is about: `Problem` (attention) or `Product` (a linear layer)."""
 
     operator: str
@@ -81,10 +81,10 @@ class Outcome:
 
     records: list[Record] = field(default_factory=list)
     known: list[Record] = field(default_factory=list)
-    left: list[Tuned] = field(default_factory=list)
+    left: list[Tunable] = field(default_factory=list)
 
 
-def make_task(backend: str, problem: Tuned, *, threads: int, dtype: str, **engine: Any) -> Task:
+def make_task(backend: str, problem: Tunable, *, threads: int, dtype: str, **engine: Any) -> Task:
     """The task of a backend; `engine` has what it alone understands. Raises MC112 for a backend without."""
     if backend not in TASKS:
         raise MemcompileError(

@@ -11,6 +11,7 @@ import torch
 from memcompile.backends.torch import TorchSession
 from memcompile.frontend import capture
 from tests.backends.tvm.build import session_of
+from tests.backends.tvm.conftest import Plain
 from tests.models import CAUSAL_FAMILIES, OTHER_FAMILIES, captured_tiny, example_inputs, tiny_model
 
 TOLERANCE = 5e-6  # float32 sums in another order, logits of size 1
@@ -22,12 +23,12 @@ def _tokens(count: int, seed: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize("family", CAUSAL_FAMILIES)
-def test_step_agrees_with_the_model_however_the_tokens_are_split(family: str, tmp_path: Path) -> None:
+def test_step_agrees_with_the_model_however_the_tokens_are_split(family: str, plain: Plain) -> None:
     model = tiny_model(family)
     tokens = _tokens(50)
     with torch.no_grad():
         expected = model(torch.tensor([tokens])).logits[0].numpy()
-    _, session = session_of(captured_tiny(family), tmp_path / "out")
+    _, session = plain(family)
     # the artifact's chunks are of 16 tokens: prompts of one chunk, of several with a rest, and of one token
     for prompt in (1, 16, 41):
         state = session.new_state(1, prompt, 50 - prompt)
@@ -53,8 +54,8 @@ def test_other_float_types_are_computed_in_float32(dtype: torch.dtype, tmp_path:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_rows_of_different_length_decode_as_they_do_alone(family: str, tmp_path: Path) -> None:
-    program, session = session_of(captured_tiny(family), tmp_path / "out")
+def test_rows_of_different_length_decode_as_they_do_alone(family: str, plain: Plain) -> None:
+    program, session = plain(family)
     rows = [_tokens(33, 1), _tokens(5, 2), _tokens(1, 3)]
     state = session.new_state(3, 33, 4)
     session.prefill(state, rows)
@@ -86,8 +87,8 @@ def test_forward_agrees_with_the_model_at_another_batch_size(family: str, tmp_pa
     np.testing.assert_allclose(first[keep], expected.numpy()[keep], atol=TOLERANCE)
 
 
-def test_a_decode_step_copies_no_cache(tmp_path: Path) -> None:
-    _, session = session_of(captured_tiny("llama"), tmp_path / "out")
+def test_a_decode_step_copies_no_cache(plain: Plain) -> None:
+    _, session = plain("llama")
     state = session.new_state(1, 8, 4)
     session.prefill(state, [_tokens(8)])
     before = [caches.key.row(0).copy() for caches in state.caches]

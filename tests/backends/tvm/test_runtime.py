@@ -16,17 +16,16 @@ from memcompile.backends.tvm.weights import Weight, write_weights
 from memcompile.errors import MemcompileError
 from memcompile.runtime import load
 from memcompile.runtime.tvm_weights import open_weights
-from tests.backends.tvm.build import artifact_of, session_of
+from tests.backends.tvm.conftest import Plain
 from tests.models import captured_tiny
 
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from memcompile.program import build_program
-
-    return artifact_of(build_program(captured_tiny("llama")), tmp_path_factory.mktemp("made") / "out")
+@pytest.fixture
+def made(plain: Plain) -> Path:
+    """An artifact that others use too: it is not written to."""
+    return plain("llama")[1].artifact.path
 
 
 @pytest.fixture
@@ -98,11 +97,12 @@ except Exception as error:
     assert "fix:   pip install apache-tvm apache-tvm-ffi numpy tokenizers" in done.stdout
 
 
-def test_an_artifact_made_again_under_its_name_is_the_new_one(tmp_path: Path) -> None:
+def test_an_artifact_made_again_under_its_name_is_the_new_one(plain: Plain, tmp_path: Path) -> None:
     prompt = [5, 6, 7]
 
-    def logits(seed_family: str) -> np.ndarray:
-        _, session = session_of(captured_tiny(seed_family), tmp_path / "out")
+    def logits(family: str) -> np.ndarray:
+        shutil.copytree(plain(family)[1].artifact.path, tmp_path / "out")
+        session = load(tmp_path / "out", threads=1)
         (result,) = session.prefill(session.new_state(1, 3, 0), [prompt])
         return result
 
