@@ -20,6 +20,7 @@ BUILT_IN: Final[dict[str, str]] = {
     "attention.static": "memcompile.passes.attention.static:StaticAttention",
     "kv.evict": "memcompile.passes.kv.evict:EvictTokens",
     "kv.quantize": "memcompile.passes.kv.quantize:QuantizeCache",
+    "weights.prune": "memcompile.passes.weights.prune:PruneWeights",
     "weights.quantize": "memcompile.passes.weights.quantize:QuantizeWeights",
 }
 

@@ -147,7 +147,11 @@ class QuantizeWeights(Pass[WeightRegion, WeightsConfig, WeightsFacts]):
     name: ClassVar[str] = "weights.quantize"
     Config: ClassVar[type[WeightsConfig]] = WeightsConfig
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
-    order: ClassVar[Order] = Order(needs=frozenset({"float_weights"}), provides=frozenset({"weight_bits"}))
+    order: ClassVar[Order] = Order(
+        needs=frozenset({"float_weights"}),
+        after=frozenset({"weight_zeros"}),
+        provides=frozenset({"weight_bits"}),
+    )
     region_kind: ClassVar[str] = "linear layer"
     presets: ClassVar[Mapping[str, Preset]] = {
         "int8": Preset(

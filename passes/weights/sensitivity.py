@@ -73,46 +73,88 @@ def _measure(
     window: Mapping[str, torch.Tensor],
     seed: int,
 ) -> dict[str, torch.Tensor]:
+    losses = {region.region: torch.zeros(len(changes), dtype=torch.float64) for region in regions}
+
+    def add(region: WeightRegion, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        weight = region.stored
+        assert weight is not None
+        squares = squared_gradient(region, x, gradient)
+        for index, change in enumerate(changes):
+            error = (change(region) - weight.float()).pow_(2)
+            losses[region.region][index] += float((squares * error).sum(dtype=torch.float64))
+
+    tokens = visit_gradients(graph_module, regions, window, add, seed=seed)
+    return {name: loss / (2 * tokens) for name, loss in losses.items()}
+
+
+# a region, its input (of an embedding, the ids), and the likelihood's gradient by its output
+Visit = Callable[[WeightRegion, torch.Tensor, torch.Tensor], None]
+
+
+def squared_gradient(region: WeightRegion, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """The square of the likelihood's gradient by each weight of a region, [N,K]."""
+    rows = gradient.flatten(0, -2).float()
+    if region.kind == "embedding":
+        return torch.zeros(region.rows, region.width).index_add_(0, x.flatten(), rows).pow_(2)
+    return (rows.T @ x.flatten(0, -2).float()).pow_(2)
+
+
+def visit_gradients(
+    graph_module: fx.GraphModule,
+    regions: Sequence[WeightRegion],
+    window: Mapping[str, torch.Tensor],
+    visit: Visit,
+    *,
+    seed: int,
+) -> int:
+    """Call `visit` for each region with the gradient of the likelihood of drawn tokens; gives their count.
+
+    The tokens are drawn from the model's own predictions in the window, with that seed.
+
+    Raises:
+        MemcompileError: MC116, the model gives no logits.
+    """
     head = next((region for region in weight_regions(graph_module) if region.kind == "head"), None)
     if head is None:
         raise MemcompileError(
             "MC116",
-            "mixed bits are chosen by the change of a model's logits, and this model has none",
-            fix="name the bits of layers and modules in several entries instead",
+            "the change of a model's logits was asked for, and this model has none",
+            fix="of weights.quantize, name bits by layers and modules in several entries; of weights.prune, "
+            "take criterion magnitude or activation",
         )
-    runner = _Runner(graph_module, regions, changes)
+    runner = _Runner(graph_module, regions, visit, head.node)
     arguments = [window[str(n.target)] for n in graph_module.graph.nodes if n.op == "placeholder"]
     with torch.enable_grad():
         runner.run(*arguments)
-        logits = runner.seen[head.node].float()
-        log = torch.log_softmax(logits.flatten(0, -2), dim=-1)
+        log = torch.log_softmax(runner.logits.float().flatten(0, -2), dim=-1)
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.multinomial(log.detach().exp(), 1, generator=generator)
         likelihood = log.gather(1, drawn).sum()
     torch.autograd.grad(likelihood, runner.root)
-    tokens = drawn.numel()
-    return {name: loss / (2 * tokens) for name, loss in runner.losses.items()}
+    return drawn.numel()
 
 
 class _Runner(fx.Interpreter):
-    """Runs the graph with gradients of what products give, and adds up G² times error² as they come."""
+    """Runs the graph with gradients of what products give; weights themselves take none."""
+
+    logits: torch.Tensor
 
     def __init__(
-        self, graph_module: fx.GraphModule, regions: Sequence[WeightRegion], changes: Sequence[Change]
+        self, graph_module: fx.GraphModule, regions: Sequence[WeightRegion], visit: Visit, head: fx.Node
     ) -> None:
         super().__init__(graph_module)
         self.regions = {region.node: region for region in regions}
-        self.changes = changes
-        self.heads = {region.node for region in weight_regions(graph_module) if region.kind == "head"}
-        self.seen: dict[fx.Node, torch.Tensor] = {}
-        self.losses = {region.region: torch.zeros(len(changes), dtype=torch.float64) for region in regions}
+        self.visit = visit
+        self.head = head
         self.root: list[torch.Tensor] = []
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
+        if not isinstance(value, torch.Tensor):
+            return value
         if n.op == "get_attr":
-            return value.detach() if isinstance(value, torch.Tensor) and value.requires_grad else value
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and n.op == "call_function":
+            return value.detach() if value.requires_grad else value
+        if n.op == "call_function" and value.is_floating_point():
             if not self.root and not value.requires_grad and n.target is torch.ops.aten.embedding.default:
                 value = value.detach().requires_grad_()
                 self.root.append(value)
@@ -121,20 +163,7 @@ class _Runner(fx.Interpreter):
                 given = self.fetch_args_kwargs_from_env(n)[0]
                 source = n.args[1] if region.kind == "embedding" else operands(n)[0]
                 x = given[n.args.index(source)].detach()
-                value.register_hook(lambda gradient, region=region, x=x: self._add(region, x, gradient))
-        if n in self.heads:
-            self.seen[n] = value
+                value.register_hook(lambda g, region=region, x=x: self.visit(region, x, g.detach()))
+        if n is self.head:
+            self.logits = value
         return value
-
-    def _add(self, region: WeightRegion, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        weight = region.stored
-        assert weight is not None
-        rows = gradient.detach().flatten(0, -2).float()
-        if region.kind == "embedding":
-            ids = x.flatten()
-            squares = torch.zeros(weight.shape).index_add_(0, ids, rows).pow_(2)
-        else:
-            squares = (rows.T @ x.flatten(0, -2).float()).pow_(2)
-        for index, change in enumerate(self.changes):
-            error = (change(region) - weight.float()).pow_(2)
-            self.losses[region.region][index] += float((squares * error).sum(dtype=torch.float64))
