@@ -1,4 +1,4 @@
-"""Compile a checkpoint of Llama-3-8B's shapes that is larger than the memory allowed: peak memory, time per GB.
+"""Compile a checkpoint of Llama-3-8B's shapes in a fourth of its size: peak memory, time per GB.
 
 The checkpoint is written first: random bfloat16 weights, sharded safetensors, 16 GB at 32 layers. Every
 compilation is a process of its own; checkpoint and artifact are removed afterwards.
@@ -78,7 +78,7 @@ def tensor_shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def write_checkpoint(folder: Path, layers: int) -> None:
-    """Write config.json and the sharded weights: normal of deviation 0.02, norms of ones, from a fixed seed."""
+    """Write config.json and the sharded weights: random, of deviation 0.02, from a fixed seed."""
     import torch
     from transformers import LlamaConfig
 
@@ -192,8 +192,8 @@ def measure(folder: Path, layers: Sequence[int], weights: Sequence[str], threads
 def table(readings: Sequence[Reading]) -> str:
     """The readings as Markdown."""
     lines = [
-        "| weights | layers | source GB | artifact GB | peak GiB | wanted | seconds | of these capture | s / GB "
-        "| processor s | processor s / GB |",
+        "| weights | layers | source GB | artifact GB | peak GiB | wanted | seconds | of these capture "
+        "| s / GB | processor s | processor s / GB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [

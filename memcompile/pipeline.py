@@ -28,6 +28,8 @@ from memcompile.regions import attention_regions
 from memcompile.report import write_reports
 from memcompile.rewrite.manager import RewriteResult, apply
 from memcompile.tuning import Workload
+from memcompile.weights.parameter import available_memory_bytes, remembering
+from memcompile.weights.write import watched
 
 CALIBRATION_WINDOW_TOKENS = 512
 JSON_SCHEMA = 1
@@ -91,7 +93,9 @@ def rewrite_captured(
     """
     graph = copy_graph(captured.graph)
     data = _calibration(captured, plan, windows) if plan.passes else None
-    result = apply(graph, plan.passes, workload=plan.workload, calibration=data, progress=progress)
+    # calibration reads the weights once a window: as many as there is room for are kept while it runs
+    with remembering(available_memory_bytes() // 4 if data is not None else 0):
+        result = apply(graph, plan.passes, workload=plan.workload, calibration=data, progress=progress)
     rewritten = replace(captured, graph=graph)
     progress.stage("build the program")
     return Compiled(rewritten, build_program(rewritten), result)
@@ -190,7 +194,8 @@ def write_artifact(compiled: Compiled, plan: Plan, folder: Path, progress: Progr
     if isinstance(backend, TunedBackend):
         backend = backend.tuned_for(tuned_workload(plan))
     captured = compiled.captured
-    lowered = backend.lower(compiled.program, folder, device=plan.target.device, progress=progress.stage)
+    with watched(progress.update):
+        lowered = backend.lower(compiled.program, folder, device=plan.target.device, progress=progress.stage)
     tokenizer = write_tokenizer(captured.tokenizer, folder, captured.model.eos_token_ids)
     result = compiled.rewrite
     refusals = [*captured.refusals, *result.refusals]

@@ -40,7 +40,7 @@ def name_expressions(model: ir.Model) -> None:
 
 
 def externalize(model: ir.Model, folder: Path, name: str, from_bytes: int) -> None:
-    """Write tensors of at least `from_bytes` bytes to `folder/name`, a piece at a time; the model refers to it.
+    """Write tensors of at least `from_bytes` bytes to `folder/name`, in pieces; the model refers to it.
 
     Tensors with the same bytes take the same place in the file, whatever their shapes: the embedding that a
     head shares is read in another shape, and what is read without being changed shares its memory too.
@@ -62,7 +62,7 @@ def externalize(model: ir.Model, folder: Path, name: str, from_bytes: int) -> No
             place.offset,
             place.length,
             tensor.dtype,
-            shape=ir.Shape(tuple(int(size) for size in tensor.shape)),
+            shape=ir.Shape(list(tensor.shape.numpy())),
             name=value.name,
             base_dir=folder,
         )

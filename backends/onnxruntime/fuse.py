@@ -84,17 +84,19 @@ def fold_reshaped_weights(graph: ir.Graph) -> int:
     for node in list(graph):
         if node.op_type != "Reshape" or node.domain:
             continue
-        source, sizes = node.inputs
-        if source is None or sizes is None or not source.is_initializer() or source.is_graph_input():
+        source, target_shape = node.inputs
+        if source is None or target_shape is None or not source.is_initializer() or source.is_graph_input():
             continue
-        target = ir.convenience.get_const_tensor(sizes)
+        target = ir.convenience.get_const_tensor(target_shape)
         if source.const_value is None or target is None or node.outputs[0].is_graph_output():
             continue
         shape = [int(size) for size in target.numpy()]
         if any(size == 0 for size in shape):
             continue
         tensor = _reshaped(source.const_value, shape, node.outputs[0].name)
-        value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
+        value = ir.Value(
+            name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy())
+        )
         value.const_value = tensor
         graph.register_initializer(value)
         ir.convenience.replace_all_uses_with(node.outputs[0], value)

@@ -1,13 +1,14 @@
 """Keep the weights of a GGUF file as the file stores them, instead of the floats they were read as.
 
 transformers permutes the rows of some tensors, and splits or joins others, while it reads a file. Nothing is
-assumed about that: a tensor's blocks are taken only when, row by row, they stand for exactly the floats that
-the model holds.
+assumed about that: a tensor's blocks are taken when the model's weight is an expression of their rows
+(`lazy_gguf.py`), or else when, row by row, they stand for exactly the floats that the model holds.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +22,9 @@ from memcompile.errors import MemcompileError
 from memcompile.frontend.captured import Captured
 from memcompile.regions import Refusal, WeightRegion, weight_regions
 from memcompile.weights.gguf_blocks import FORMATS, repack
+from memcompile.weights.gguf_files import stored_codes
 from memcompile.weights.methods import quantize
+from memcompile.weights.parameter import expression_of
 from memcompile.weights.place import Operands, replace, store
 
 # formats that hold floats: there is nothing to keep
@@ -63,7 +66,7 @@ def keep_stored_weights(captured: Captured, path: Path, *, int8_activations: boo
             continue
         key = f"{region.weight.target} {region.transposed}"
         if key not in placed:
-            found = file.weight(region, _names(region, graph))
+            found = _as_stored(region) or file.weight(region, _names(region, graph))
             if isinstance(found, str):
                 refusals.append(Refusal(region.region, found, "stored weights"))
                 placed[key] = None
@@ -84,6 +87,16 @@ def keep_stored_weights(captured: Captured, path: Path, *, int8_activations: boo
     )
 
 
+def _as_stored(region: WeightRegion) -> tuple[QuantizedWeight, StoredWeight] | None:
+    """The codes of a weight that is still on disk, when they are there as a known format."""
+    assert region.stored is not None
+    found = stored_codes(expression_of(region.stored))
+    if found is None:
+        return None
+    kind, weight = found
+    return weight, StoredWeight(region.region, kind, weight.bits, weight.nbytes, 0.0)
+
+
 def _names(region: WeightRegion, graph: fx.GraphModule) -> list[str]:
     """Names the weight may have in the model: where it is used, where it is stored, and what shares it."""
     names = [f"{region.path}.weight", str(region.weight.target)]
@@ -99,19 +112,29 @@ class _File:
     """Tensors of a GGUF file by the names that transformers' models have for them."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @functools.cached_property
+    def _reader(self) -> Any:
         import gguf
 
         try:
-            reader = gguf.GGUFReader(path)
+            return gguf.GGUFReader(self._path)
         except Exception as error:
             raise MemcompileError(
                 "MC202",
                 f"the GGUF file could not be read again for its weights: {error}",
-                where=str(path),
+                where=str(self._path),
                 fix="check that the file is whole, or set model.weights to float32",
             ) from error
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self._map = _name_map(reader)
+
+    @functools.cached_property
+    def _tensors(self) -> dict[str, Any]:
+        return {tensor.name: tensor for tensor in self._reader.tensors}
+
+    @functools.cached_property
+    def _map(self) -> Any:
+        return _name_map(self._reader)
 
     def weight(
         self, region: WeightRegion, names: list[str]

@@ -28,9 +28,12 @@ from memcompile.frontend.captured import (
 from memcompile.frontend.recognise import recognise, recognise_norms, recognise_rotary
 from memcompile.frontend.verify import verify_capture
 from memcompile.regions import ModelFacts, attention_nodes
+from memcompile.weights.parameter import remembering
 
 INTERFACE = "memcompile"
 PROBE_TOKENS = 48
+# weights on disk that are kept while model and graph are compared: both read them all
+VERIFY_BYTES = 512 << 20
 
 _ACTIVATION_NAMES = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
@@ -185,7 +188,8 @@ def capture_huggingface(
         # a model outside the attention interface: read it off the graph instead
         refusals = recognise(graph, tuple(traced.values()))
     logits = _logits_index(model, rebuild, flat) if causal else None
-    verify_capture(model, graph, traced, logits)
+    with remembering(VERIFY_BYTES):
+        verify_capture(model, graph, traced, logits)
     config = model.config.get_text_config()
     facts = ModelFacts(
         family=str(model.config.model_type),

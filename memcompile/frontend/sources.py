@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from memcompile.errors import MemcompileError
+from memcompile.frontend.lazy_gguf import read_gguf
 from memcompile.frontend.lazy_model import lazy_model
 from memcompile.weights.lazy import LazyTensor
 from memcompile.weights.safetensors_files import folder_tensors
@@ -155,7 +156,12 @@ def _from_pretrained(
     where = str(folder / extra.get("gguf_file", ""))
     with _offline():
         try:
-            if tensors is not None:
+            gguf = read_gguf(folder / extra["gguf_file"]) if extra else None
+            if gguf is not None:
+                module = lazy_model(
+                    folder, gguf.class_name, DTYPES[dtype or "float32"], gguf.tensors, gguf.config
+                )
+            elif tensors is not None:
                 module = lazy_model(folder, class_name, DTYPES[dtype or "float32"], tensors)
             else:
                 module = getattr(transformers, class_name).from_pretrained(

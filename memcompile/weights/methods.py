@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 
@@ -90,18 +90,25 @@ class QuantizeRows:
         # the same rows at once as for a weight in memory, so that the codes are the same to the last bit
         step = max(1, TOGETHER // self.source.shape[1])
         step *= max(1, PIECE_BYTES // (step * self.source.shape[1] * 4))
-        whole: dict[str, torch.Tensor] = {}
-        for begin in range(0, self.source.rows, step):
-            end = min(begin + step, self.source.rows)
-            found = quantize(
-                self.source.read(begin, end), bits=self.bits, block=self.block, zero_point=self.zero_point,
-                method=self.method,
-            )  # fmt: skip
-            for name, tensor in found.tensors().items():
-                if name not in whole:
-                    whole[name] = torch.empty((self.source.rows, *tensor.shape[1:]), dtype=tensor.dtype)
-                whole[name][begin:end] = tensor
-        return whole
+        return in_rows(self.source.rows, step, self.rows)
+
+    def rows(self, begin: int, end: int) -> QuantizedWeight:
+        return quantize(
+            self.source.read(begin, end), bits=self.bits, block=self.block, zero_point=self.zero_point,
+            method=self.method,
+        )  # fmt: skip
+
+
+def in_rows(rows: int, step: int, make: Callable[[int, int], QuantizedWeight]) -> dict[str, torch.Tensor]:
+    """The tensors of a weight of so many rows, made `step` rows at a time."""
+    whole: dict[str, torch.Tensor] = {}
+    for begin in range(0, rows, step):
+        end = min(begin + step, rows)
+        for name, tensor in make(begin, end).tensors().items():
+            if name not in whole:
+                whole[name] = torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype)
+            whole[name][begin:end] = tensor
+    return whole
 
 
 def _lazily(producer: QuantizeRows) -> QuantizedWeight:
@@ -119,7 +126,7 @@ def lazy_weight(producer: Producer, row: QuantizedWeight, rows: int) -> Quantize
 
     `row` is one row of such a weight: shapes and types are taken from it.
     """
-    parts = {
+    parts: dict[str, Any] = {
         name: LazyParameter(Part(producer, name, (rows, *tensor.shape[1:]), tensor.dtype))
         for name, tensor in row.tensors().items()
     }

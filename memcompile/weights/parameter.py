@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -29,8 +30,8 @@ class LazyParameter(torch.Tensor):
     @staticmethod
     def __new__(cls, expression: LazyTensor) -> LazyParameter:
         made: LazyParameter = torch.Tensor._make_wrapper_subclass(
-            cls, expression.shape, dtype=expression.dtype, device="cpu", requires_grad=False
-        )  # type: ignore[no-untyped-call]
+            cls, expression.shape, dtype=expression.dtype, device=torch.device("cpu"), requires_grad=False
+        )
         made.expression = expression
         return made
 
@@ -56,7 +57,7 @@ class LazyParameter(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Sequence[type],
@@ -67,7 +68,7 @@ class LazyParameter(torch.Tensor):
         args, kwargs = pytree.tree_map_only(LazyParameter, evaluated, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         del tensor_contents
         return f"LazyParameter({list(self.shape)}, {self.dtype})"
 
@@ -80,7 +81,7 @@ class LazyParameter(torch.Tensor):
 def _like(source: LazyParameter, expression: LazyTensor) -> LazyParameter:
     made = LazyParameter(expression)
     if getattr(source, "_is_param", False):
-        made._is_param = True  # type: ignore[attr-defined]
+        made._is_param = True
     return made
 
 
@@ -88,7 +89,7 @@ def parameter(expression: LazyTensor) -> LazyParameter:
     """A module's parameter that stands for an expression."""
     made = LazyParameter(expression)
     # what torch looks for to call a tensor of another class a parameter
-    made._is_param = True  # type: ignore[attr-defined]
+    made._is_param = True
     return made
 
 
@@ -135,6 +136,15 @@ def remembering(nbytes: int) -> Iterator[None]:
         _memory.pop()
 
 
+def available_memory_bytes() -> int:
+    """Memory that can be had without swapping; 2 GiB where the system does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 2 << 30
+
+
 def hollow(tensor: torch.Tensor) -> torch.Tensor:
     """A plain tensor of the same shape and type to trace with, whose memory was given back.
 
@@ -157,7 +167,7 @@ def hollowed(module: torch.nn.Module) -> Iterator[None]:
     swapped: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     made: dict[int, torch.Tensor] = {}
     for part in module.modules():
-        for held in (part._parameters, part._buffers):
+        for held in _tables(part):
             for name, tensor in held.items():
                 if isinstance(tensor, LazyParameter):
                     if id(tensor) not in made:
@@ -206,10 +216,14 @@ def materialise(*modules: torch.nn.Module) -> None:
 
 def _replace_tensors(module: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     for part in module.modules():
-        for held in (part._parameters, part._buffers):
+        for held in _tables(part):
             for name, tensor in held.items():
                 if tensor is not None:
-                    held[name] = change(tensor)  # type: ignore[assignment]
+                    held[name] = change(tensor)
+
+
+def _tables(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    return module._parameters, module._buffers
 
 
 def _same(x: LazyParameter, *_: Any, **__: Any) -> Any:

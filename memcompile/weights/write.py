@@ -71,14 +71,14 @@ def write_tensors(path: Path, tensors: Sequence[LazyTensor]) -> list[Place]:
         file.seek(end := max((p.offset + p.length for p in places.values()), default=0))
         file.truncate()
         for tensor, pieces in _computed(waiting):
-            digest = hashlib.sha256()
+            summed = hashlib.sha256()
             for piece in pieces:
                 data = piece.reshape(-1).view(torch.uint8).numpy().data if piece.numel() else b""
-                digest.update(data)
+                summed.update(data)
                 file.write(data)
                 done += len(data)
                 tell(done // _MIB, max(1, total // _MIB))
-            name = f"{digest.hexdigest()} {tensor.nbytes}"
+            name = f"{summed.hexdigest()} {tensor.nbytes}"
             if name in stored:
                 file.seek(end)
                 file.truncate()
