@@ -16,6 +16,7 @@ from memcompile.backends.onnxruntime import (  # noqa: F401  (register)
     attention,
     dense,
     experts,
+    ffn,
     layout,
     quantized,
     rotary,
@@ -32,8 +33,8 @@ from memcompile.backends.onnxruntime.tuned import measure_switches, tuned_choice
 from memcompile.errors import MemcompileError
 from memcompile.lowering import Lowered, Progress, inline_higher_order
 from memcompile.lowering.interface import forward_interface, step_sizes
-from memcompile.program import Program, without_pages
-from memcompile.regions import argument, attention_nodes
+from memcompile.program import Program, without_choices
+from memcompile.regions import argument, attention_nodes, ffn_regions
 from memcompile.tuning import Choices, Database, Workload
 
 MODEL: Final = "model.onnx"
@@ -75,9 +76,9 @@ class OnnxRuntimeBackend:
                 where="target.device",
                 fix=f"use one of {', '.join(DEVICES)}",
             )
-        decisions = _page_decisions(program, device)
+        decisions = _choice_decisions(program, device)
         if device != "cpu":
-            program = without_pages(program)
+            program = without_choices(program)
         chunk = _chunk_tokens(program, device)
         if program.step is None:
             progress("lower forward")
@@ -93,8 +94,9 @@ class OnnxRuntimeBackend:
         if is_plain(interface.states, interface.groups):
             progress("lower genai")
             write_genai(program.model, interface.states, destination, MODEL, device=device)
+        prefill = PrefillEntry(choices.chunk, 1 if program.decodes_alone and device == "cpu" else 0)
         return Lowered(
-            functions, interface.states, interface.groups, PrefillEntry(choices.chunk), _files(destination),
+            functions, interface.states, interface.groups, prefill, _files(destination),
             (*choices.decisions, *decisions),
         )  # fmt: skip
 
@@ -129,13 +131,16 @@ def _chunk_tokens(program: Program, device: str) -> int:
     return QUANTIZED_CHUNK_TOKENS if codes else CHUNK_TOKENS
 
 
-def _page_decisions(program: Program, device: str) -> tuple[dict[str, str], ...]:
-    """What becomes of a choice of pages where no kernel makes it."""
-    regions = ", ".join(state.region for state in program.states if state.page_tokens)
-    if not regions:
-        return ()
+def _choice_decisions(program: Program, device: str) -> tuple[dict[str, str], ...]:
+    """What becomes of choices of pages and neurons where no kernel makes them."""
+    pages = [state.region for state in program.states if state.page_tokens]
+    layers = [region.region for region in ffn_regions(program.forward) if region.keep]
     who = f"without the kernel library, {MODEL}" if device == "cpu" else f"{MODEL} for {device}"
-    return ({"regions": regions, "decision": f"{who} looks at every key while decoding"},)
+    return tuple(
+        {"regions": ", ".join(regions), "decision": f"{who} {does} while decoding"}
+        for regions, does in ((pages, "looks at every key"), (layers, "computes every neuron"))
+        if regions
+    )
 
 
 def _files(destination: Path) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from typing import Final
 
 import onnx_ir as ir
 
+from memcompile.backends.onnxruntime.ffn import whole_layers
 from memcompile.backends.onnxruntime.finish import (
     BIAS,
     PATTERN,
@@ -35,7 +36,7 @@ def for_cuda(model: ir.Model) -> ir.Model:
     Raises MC116 for attention in float32, for keys that are chosen at run time, and for sinks, strided blocks
     or a run-time mask over a quantised cache.
     """
-    return finish(model, cuda_attention, runtime_products)
+    return finish(model, cuda_attention, runtime_products, whole_layers)
 
 
 def cuda_attention(node: ir.Node) -> ir.Node:

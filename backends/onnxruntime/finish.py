@@ -14,6 +14,7 @@ from typing import Final
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from memcompile.backends.onnxruntime.ffn import kernel_layers, whole_layers
 from memcompile.backends.onnxruntime.products import kernel_products, runtime_products
 
 DOMAIN: Final = "memcompile"
@@ -38,7 +39,7 @@ Chooses = Callable[[ir.Node], bool]
 
 def portable(model: ir.Model) -> ir.Model:
     """A copy of the traced model that every ONNX Runtime runs."""
-    return finish(model, group_query_attention, runtime_products)
+    return finish(model, group_query_attention, runtime_products, whole_layers)
 
 
 def with_kernels(model: ir.Model, chooses: Chooses) -> ir.Model:
@@ -47,6 +48,7 @@ def with_kernels(model: ir.Model, chooses: Chooses) -> ir.Model:
         model,
         lambda node: _kernel(node) if can_run(node) and chooses(node) else group_query_attention(node),
         kernel_products,
+        kernel_layers,
     )
 
 
@@ -62,15 +64,20 @@ def attention_nodes(model: ir.Model) -> list[ir.Node]:
 
 def kernels_of(model: ir.Model) -> tuple[str, ...]:
     """The operators of the kernel library that a finished model needs."""
-    return tuple(sorted({node.op_type for node in model.graph if node.domain == DOMAIN}))
+    nodes = ir.traversal.RecursiveGraphIterator(model.graph)
+    return tuple(sorted({node.op_type for node in nodes if node.domain == DOMAIN}))
 
 
 def finish(
-    model: ir.Model, attention: Callable[[ir.Node], ir.Node], products: Callable[[ir.Graph], None]
+    model: ir.Model,
+    attention: Callable[[ir.Node], ir.Node],
+    products: Callable[[ir.Graph], None],
+    layers: Callable[[ir.Graph], None],
 ) -> ir.Model:
-    """A copy in which traced attention is what `attention` gives for it, and `products` finished the rest."""
+    """A copy in which traced attention is what `attention` gives for it; the others finish the rest."""
     made = model.clone()
     products(made.graph)
+    layers(made.graph)
     for node in attention_nodes(made):
         new = attention(node)
         made.graph.insert_after(node, new)

@@ -26,6 +26,7 @@ class TorchState:
     caches: dict[str, list[torch.Tensor]]
     observed: dict[str, torch.Tensor]
     bounds: dict[str, torch.Tensor]
+    neurons: dict[str, torch.Tensor]
     tables: dict[str, torch.Tensor]
     lengths: torch.Tensor
     compressed: bool = field(default=False)
@@ -35,6 +36,7 @@ class TorchState:
         """Bytes of all state tensors now."""
         tensors = [t for pair in self.caches.values() for t in pair]
         tensors += [*self.observed.values(), *self.bounds.values(), *self.tables.values()]
+        tensors += self.neurons.values()
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -51,6 +53,7 @@ class TorchSession:
         self.device = torch.device(device)
         # what was chosen by measurements; `CompiledModel.report` tells it
         self.decisions = choices.decisions if choices is not None else ()
+        self._alone = program.decodes_alone
         step = program.step if choices is None else with_choices(program.step, choices)
         self._step = step.eval()
         place(self._step.to(self.device), self.device)
@@ -76,10 +79,15 @@ class TorchSession:
             for s in self.program.states
             if s.page_tokens
         }
+        neurons = {
+            s.region: torch.zeros(batch, s.neurons, device=self.device)
+            for s in self.program.states
+            if s.neurons
+        }
         positions = torch.zeros(batch, 0, dtype=torch.int64, device=self.device)
         tables = {g.name: positions for g in self.program.groups}
         lengths = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        return TorchState(batch, caches, observed, bounds, tables, lengths)
+        return TorchState(batch, caches, observed, bounds, neurons, tables, lengths)
 
     @torch.no_grad()
     def step(
@@ -94,7 +102,7 @@ class TorchSession:
         arguments += [tables[g.name] for g in self.program.groups]
         for s in self.program.states:
             arguments += state.caches[s.region]
-        arguments += [*state.observed.values(), *state.bounds.values()]
+        arguments += [*state.observed.values(), *state.bounds.values(), *state.neurons.values()]
         results = list(self._step(*arguments))
         logits: torch.Tensor = results.pop(0).cpu()
         for s in self.program.states:
@@ -103,6 +111,8 @@ class TorchSession:
             state.observed[region] = results.pop(0)
         for region in state.bounds:
             state.bounds[region] = results.pop(0)
+        for region in state.neurons:
+            state.neurons[region] = results.pop(0)
         state.tables = tables
         state.lengths = state.lengths + valid.sum(dim=1)
         for group in self.program.groups:
@@ -133,8 +143,8 @@ class TorchSession:
 
     def extend(self, state: TorchState, tokens: Sequence[int]) -> np.ndarray:
         """Continue the single row of `state` with known tokens; logits [T,V]."""
-        if state.bounds and len(tokens) > 1:
-            # only a call of one token chooses pages: what is measured is what decoding does
+        if self._alone and len(tokens) > 1:
+            # only a call of one token chooses pages and neurons: what is measured is what decoding does
             return np.concatenate([self.extend(state, [token]) for token in tokens])
         row = torch.as_tensor(list(tokens)).unsqueeze(0)
         wanted = torch.arange(row.shape[1]).unsqueeze(0)

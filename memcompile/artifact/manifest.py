@@ -83,6 +83,10 @@ class StateEntry:
     page_tokens: int = 0
     bounds_in: str | None = None
     bounds_out: str | None = None
+    # [batch, neurons]: for how many tokens of the prompt a neuron of this layer was among the most active
+    neurons: int = 0
+    neurons_in: str | None = None
+    neurons_out: str | None = None
 
     @property
     def stored_width(self) -> int:
@@ -115,9 +119,10 @@ class GroupEntry:
 
 @dataclass(frozen=True, slots=True)
 class PrefillEntry:
-    """How prompts are fed."""
+    """How prompts are fed. `extend_tokens`: the most tokens of a call after the prompt; 0: a chunk."""
 
     chunk_tokens: int = 512
+    extend_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +282,7 @@ def _range(name: str, value: int, low: int, high: int) -> None:
 def _check(manifest: Manifest) -> None:
     _range("threads", manifest.threads, 0, 4096)
     _range("prefill.chunk_tokens", manifest.prefill.chunk_tokens, 1, MAX_TOKENS)
+    _range("prefill.extend_tokens", manifest.prefill.extend_tokens, 0, MAX_TOKENS)
     model = manifest.model
     _range("model.vocab_size", model.vocab_size, 0, MAX_TOKENS)
     _range("model.max_positions", model.max_positions, 0, MAX_TOKENS)
@@ -350,11 +356,11 @@ def _check_state(
         raise ValueError(f"{where}.bits is {state.bits}, not 0, 8 or 4")
     if state.dtype not in wanted:
         raise ValueError(f"{where}.dtype is {state.dtype!r}; with bits {state.bits} it is one of {wanted}")
-    for field_name in ("key_in", "value_in", "observed_in", "bounds_in"):
+    for field_name in ("key_in", "value_in", "observed_in", "bounds_in", "neurons_in"):
         name = getattr(state, field_name)
         if name is not None and name not in inputs:
             raise ValueError(f"{where}.{field_name}: step has no input {name!r}")
-    for field_name in ("key_out", "value_out", "observed_out", "bounds_out"):
+    for field_name in ("key_out", "value_out", "observed_out", "bounds_out", "neurons_out"):
         name = getattr(state, field_name)
         if name is not None and name not in outputs:
             raise ValueError(f"{where}.{field_name}: step has no output {name!r}")
@@ -363,6 +369,9 @@ def _check_state(
     _range(f"{where}.page_tokens", state.page_tokens, 0, MAX_COUNT)
     if len({state.bounds_in is None, state.bounds_out is None, not state.page_tokens}) != 1:
         raise ValueError(f"{where}: page_tokens, bounds_in and bounds_out go together")
+    _range(f"{where}.neurons", state.neurons, 0, MAX_COUNT)
+    if len({state.neurons_in is None, state.neurons_out is None, not state.neurons}) != 1:
+        raise ValueError(f"{where}: neurons, neurons_in and neurons_out go together")
     group = manifest.group(state.group)
     if state.page_tokens and (group.window or group.evict is not None):
         raise ValueError(f"{where}: page_tokens needs every token, and group {state.group!r} drops some")

@@ -1,4 +1,4 @@
-"""Kernels of attention and of linear layers for the CPU: one library that torch, ONNX Runtime and TVM call."""
+"""Attention and linear layers on the CPU: one library that torch, ONNX Runtime and TVM call."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from memcompile.kernels.library import (
     TYPES,
     CAppend,
     CAttention,
+    CFfn,
     CLinear,
     CTensor,
     KernelLibrary,
@@ -21,6 +22,7 @@ __all__ = [
     "BuildError",
     "CAppend",
     "CAttention",
+    "CFfn",
     "CLinear",
     "CTensor",
     "KernelLibrary",

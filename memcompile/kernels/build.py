@@ -26,8 +26,8 @@ INSTRUCTION_SETS: Final = {
 # compiled only where the processor has it
 AMX: Final = (*INSTRUCTION_SETS["avx512bf16"], "-mamx-tile", "-mamx-bf16", "-DMC_AMX")
 # compiled once an instruction set, and once
-KERNEL_SOURCES: Final = ("kernels", "linear")
-COMMON_SOURCES: Final = ("library", "tvm", "onnxruntime", "onnxruntime_linear")
+KERNEL_SOURCES: Final = ("kernels", "linear", "ffn")
+COMMON_SOURCES: Final = ("library", "tvm", "onnxruntime", "onnxruntime_linear", "onnxruntime_ffn")
 FLAGS: Final = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fvisibility=hidden", "-pthread")
 COMPILE_SECONDS: Final = 300
 # overrides where built libraries are kept
@@ -113,7 +113,8 @@ def build() -> Path:
         objects = [job[-1] for job in jobs]
         _run([compiler, "-shared", "-pthread", *objects, "-o", str(folder / path.name)])
         linked = path.with_suffix(".o")
-        _run([compiler, "-r", "-nostdlib", *objects[:-1], "-o", str(folder / linked.name)])
+        own = [path for path in objects if "onnxruntime" not in Path(path).name]
+        _run([compiler, "-r", "-nostdlib", *own, "-o", str(folder / linked.name)])
         # two processes may build at once: the last rename wins, both libraries are the same
         (folder / linked.name).replace(linked)
         (folder / path.name).replace(path)

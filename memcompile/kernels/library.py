@@ -66,6 +66,16 @@ class CLinear(ctypes.Structure):
     ]  # fmt: skip
 
 
+class CFfn(ctypes.Structure):
+    """`McFfn` of csrc/ffn.h."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("B", "M", "F", "keep")),
+        *((name, c_void_p) for name in ("x", "gate", "up", "down", "counts", "out")),
+        ("activation", c_int32), ("parallel", c_void_p), ("host", c_void_p), ("threads", c_int32),
+    ]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class KernelLibrary:
     """The loaded library."""
@@ -92,8 +102,12 @@ class KernelLibrary:
         """Write new keys and values to a cache, as codes where it holds codes."""
         self._check(self.handle.mc_append(ctypes.byref(call)))
 
+    def ffn(self, call: CFfn) -> None:
+        """Run a sparse feed-forward layer. Raises as `attention` does."""
+        self._check(self.handle.mc_ffn(ctypes.byref(call)))
+
     def linear(self, call: CLinear) -> None:
-        """Run a linear layer. Raises ValueError when no kernel takes the sizes, MemoryError without memory."""
+        """Run a linear layer. Raises as `attention` does."""
         self._check(self.handle.mc_linear(ctypes.byref(call)))
 
     def _check(self, code: int) -> None:
@@ -113,6 +127,7 @@ def open_library(path: Path) -> KernelLibrary:
     handle.mc_use.restype, handle.mc_use.argtypes = c_int32, [c_char_p]
     handle.mc_use_gomp.restype, handle.mc_use_gomp.argtypes = None, [c_void_p]
     handle.mc_attention.restype, handle.mc_attention.argtypes = c_int32, [POINTER(CAttention)]
+    handle.mc_ffn.restype, handle.mc_ffn.argtypes = c_int32, [POINTER(CFfn)]
     handle.mc_linear.restype, handle.mc_linear.argtypes = c_int32, [POINTER(CLinear)]
     handle.mc_append.restype, handle.mc_append.argtypes = c_int32, [POINTER(CAppend)]
     library = KernelLibrary(path, handle)

@@ -70,6 +70,11 @@ def step_interface(program: Program, conventions: Conventions) -> StepInterface:
             bounds = (BATCH, state.kv_heads, pages, 2 * state.stored_width)
             inputs.append(TensorEntry(state.bounds_in, state.dtype, bounds))
             outputs.append(TensorEntry(state.bounds_out, state.dtype, bounds))
+    for state in states:
+        if state.neurons_in and state.neurons_out:
+            counts = (BATCH, state.neurons)
+            inputs.append(TensorEntry(state.neurons_in, "float32", counts))
+            outputs.append(TensorEntry(state.neurons_out, "float32", counts))
     return StepInterface(tuple(inputs), tuple(outputs), states, groups)
 
 
@@ -181,4 +186,7 @@ def _state(spec: StateSpec, group: PositionGroup, conventions: Conventions) -> S
         page_tokens=spec.page_tokens,
         bounds_in=f"bounds.{spec.region}" if spec.page_tokens else None,
         bounds_out=f"present_bounds.{spec.region}" if spec.page_tokens else None,
+        neurons=spec.neurons,
+        neurons_in=f"neurons.{spec.region}" if spec.neurons else None,
+        neurons_out=f"present_neurons.{spec.region}" if spec.neurons else None,
     )

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from memcompile.dialect.cache_codes import code_dtype, code_width
-from memcompile.regions import EvictSpec, ModelFacts, TensorSpec
+from memcompile.regions import EvictSpec, ModelFacts, TensorSpec, ffn_regions
 
 if TYPE_CHECKING:
     from memcompile.program.compress import Compress
@@ -53,6 +53,8 @@ class StateSpec:
     observe_tokens: int = 0
     # keys of a page whose bounds are kept beside the cache, so that decoding can choose pages; 0: none
     page_tokens: int = 0
+    # neurons of this layer's feed-forward part that are counted while a prompt is read; 0: none
+    neurons: int = 0
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -77,6 +79,7 @@ class StateSpec:
             value_in=f"past_value_{self.slug}",
             observed_in=f"observed_{self.slug}" if self.observe_tokens else None,
             bounds_in=f"bounds_{self.slug}" if self.page_tokens else None,
+            neurons_in=f"neurons_{self.slug}" if self.neurons else None,
         )
 
 
@@ -88,6 +91,7 @@ class StateNames:
     value_in: str
     observed_in: str | None
     bounds_in: str | None
+    neurons_in: str | None
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,9 @@ class Program:
     inputs and outputs, and `compress` when the plan evicts tokens after prefill. Placeholders of `step`, in
     order: input_ids [B,T], position_ids [B,T], logit_positions [B,N] (rows whose logits are wanted; negative
     counts from the end), positions_<group> [B,P+T] for each group, past_key/past_value for each state,
-    observed_<region> for each state that observes, bounds_<region> for each that chooses pages. Outputs:
-    logits [B,N,V], then key and value for each state, then observed, then bounds.
+    observed_<region> for each state that observes, bounds_<region> for each that chooses pages,
+    neurons_<region> [B,F] for each whose layer counts neurons. Outputs: logits [B,N,V], then key and value
+    for each state, then observed, bounds and neurons.
     """
 
     forward: fx.GraphModule
@@ -112,6 +117,12 @@ class Program:
     groups: tuple[PositionGroup, ...] = ()
     logits_index: int | None = None
     rebuild: Callable[[tuple[Any, ...]], Any] = field(default=lambda values: values)
+
+    @property
+    def decodes_alone(self) -> bool:
+        """Whether a call of one token computes another thing than one of several."""
+        chooses = any(0 < ffn.keep < ffn.neurons for ffn in ffn_regions(self.forward))
+        return chooses or any(state.page_tokens for state in self.states)
 
     def group(self, name: str) -> PositionGroup:
         return next(g for g in self.groups if g.name == name)

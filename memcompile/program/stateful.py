@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +15,7 @@ from torch import fx
 
 from memcompile.errors import MemcompileError
 from memcompile.program.program import PLAIN_GROUP, PositionGroup, Program, StateSpec
-from memcompile.regions import AttentionRegion, argument, attention_regions
+from memcompile.regions import AttentionRegion, FfnRegion, argument, attention_regions, ffn_regions
 
 
 def assign_groups(regions: list[AttentionRegion]) -> tuple[tuple[PositionGroup, ...], dict[str, str]]:
@@ -72,7 +73,8 @@ def make_step(program: Program) -> Program:
                 else "use a model whose masks follow from positions alone (causal, or a sliding window)",
             )
     groups, assigned = assign_groups(regions)
-    states = tuple(_state(region, assigned[region.region]) for region in regions)
+    counted = _counted_layers(graph_module, regions)
+    states = tuple(_state(region, assigned[region.region], counted) for region in regions)
     graph = graph_module.graph
     placeholders = {n.target: n for n in graph.nodes if n.op == "placeholder"}
     token_input = placeholders.get("input_ids") or next(iter(placeholders.values()))
@@ -89,6 +91,7 @@ def make_step(program: Program) -> Program:
     }
     observed = {s.region: added.make(str(s.names().observed_in), None) for s in states if s.observe_tokens}
     bounds = {s.region: added.make(str(s.names().bounds_in), None) for s in states if s.page_tokens}
+    neurons = {s.region: added.make(str(s.names().neurons_in), None) for s in states if s.neurons}
     outputs: list[fx.Node] = []
     seen: list[fx.Node] = []
     bounded: list[fx.Node] = []
@@ -112,6 +115,12 @@ def make_step(program: Program) -> Program:
                         (node.args[0], observed[state.region], tables[state.group], state.observe_tokens),
                     )
                 )
+    for ffn in ffn_regions(graph_module):
+        if 0 < ffn.keep < ffn.neurons:
+            ffn.node.kwargs = {**ffn.node.kwargs, "choosing": True}
+    totals = [
+        _count_neurons(counted[s.region], neurons[s.region], tables[s.group]) for s in states if s.neurons
+    ]
     output = next(n for n in graph.nodes if n.op == "output")
     flat = output.args[0]
     assert isinstance(flat, (tuple, list))
@@ -119,11 +128,45 @@ def make_step(program: Program) -> Program:
     logits = flat[program.logits_index]
     assert isinstance(logits, fx.Node)
     chosen = _select_rows(graph_module, logits, logit_positions)
-    output.args = ((chosen, *outputs, *seen, *bounded),)
+    output.args = ((chosen, *outputs, *seen, *bounded, *totals),)
     graph.eliminate_dead_code()
     graph.lint()
     graph_module.recompile()
     return replace(program, step=graph_module, states=states, groups=groups)
+
+
+def _counted_layers(graph_module: fx.GraphModule, regions: Sequence[AttentionRegion]) -> dict[str, FfnRegion]:
+    """The feed-forward layers whose neurons are counted, by the first attention region of their layer."""
+    first: dict[int, str] = {}
+    for region in regions:
+        first.setdefault(region.layer, region.region)
+    found: dict[str, FfnRegion] = {}
+    for ffn in ffn_regions(graph_module):
+        if not ffn.counted:
+            continue
+        place = None if ffn.layer is None else first.get(ffn.layer)
+        if place is None or place in found:
+            raise MemcompileError(
+                "MC203",
+                f"{ffn.path}: its neurons are counted, but its layer has no attention of its own",
+                where=ffn.path,
+                fix="choose neurons for every token (when: token) in this layer, or leave it out",
+            )
+        found[place] = ffn
+    return found
+
+
+def _count_neurons(ffn: FfnRegion, past: fx.Node, positions: fx.Node) -> fx.Node:
+    """Let a feed-forward layer choose by counts that the call's tokens were added to; gives their node."""
+    node = ffn.node
+    with node.graph.inserting_before(node):
+        counts = node.graph.call_function(
+            torch.ops.memcompile.neuron_counts.default,
+            (argument(node, "x"), argument(node, "gate"), past, positions),
+            {"activation": ffn.activation, "token_keep": int(node.meta["counted"])},
+        )
+    node.kwargs = {**node.kwargs, "counts": counts}
+    return counts
 
 
 def _bound_pages(node: fx.Node, past: fx.Node, state: StateSpec) -> fx.Node:
@@ -138,13 +181,21 @@ def _bound_pages(node: fx.Node, past: fx.Node, state: StateSpec) -> fx.Node:
     return bounds
 
 
-def without_pages(program: Program) -> Program:
-    """The program with whole attention while decoding, for a backend that has no operator to choose pages."""
-    if not any(state.page_tokens for state in program.states):
+def without_choices(program: Program) -> Program:
+    """The program that looks at every key and computes every neuron while decoding.
+
+    For a backend that has no operators to choose with.
+    """
+    if not program.decodes_alone:
         return program
     forward = copy_graph(program.forward)
     for region in attention_regions(forward):
         region.node.kwargs = {**region.node.kwargs, "page_tokens": 0}
+    for ffn in ffn_regions(forward):
+        if ffn.keep:
+            # a budget of all neurons is no choice
+            ffn.node.kwargs = {**ffn.node.kwargs, "keep": ffn.neurons}
+            ffn.node.meta.pop("counted", None)
     forward.recompile()
     return make_step(replace(program, forward=forward))
 
@@ -177,7 +228,7 @@ class _Placeholders:
         return node
 
 
-def _state(region: AttentionRegion, group: str) -> StateSpec:
+def _state(region: AttentionRegion, group: str, counted: Mapping[str, FfnRegion]) -> StateSpec:
     value = region.node.args[1].meta["val"]  # type: ignore[union-attr]
     return StateSpec(
         region=region.region,
@@ -190,6 +241,7 @@ def _state(region: AttentionRegion, group: str) -> StateSpec:
         dtype=value.dtype,
         observe_tokens=region.evict.observe_tokens if region.evict else 0,
         page_tokens=region.page_tokens,
+        neurons=counted[region.region].neurons if region.region in counted else 0,
     )
 
 

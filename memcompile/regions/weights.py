@@ -74,7 +74,7 @@ def weight_regions(graph_module: fx.GraphModule) -> list[WeightRegion]:
         name = _name(node, path)
         taken[name] += 1
         region = name if taken[name] == 1 else f"{name}#{taken[name]}"
-        layer = _layer(path, layers)
+        layer = layer_of(path, layers)
         kind = _kind(node)
         assert kind is not None
         if layer is None and products and node is products[-1]:
@@ -122,7 +122,7 @@ def _name(node: fx.Node, path: str) -> str:
     return f"{own}.{last.removesuffix('_weight')}" if last.endswith("_weight") else own
 
 
-def _layer(path: str, layers: set[int]) -> int | None:
+def layer_of(path: str, layers: set[int]) -> int | None:
     """The first number in a module's path, when an attention layer has it."""
     found = _INDEX.search(path)
     number = int(found[1]) if found else None

@@ -18,6 +18,7 @@ ENTRY_POINT_GROUP: Final = "memcompile.passes"
 BUILT_IN: Final[dict[str, str]] = {
     "attention.sparse": "memcompile.passes.attention.sparse:SparseAttention",
     "attention.static": "memcompile.passes.attention.static:StaticAttention",
+    "ffn.sparse": "memcompile.passes.ffn.sparse:SparseFfn",
     "kv.evict": "memcompile.passes.kv.evict:EvictTokens",
     "kv.quantize": "memcompile.passes.kv.quantize:QuantizeCache",
     "weights.prune": "memcompile.passes.weights.prune:PruneWeights",

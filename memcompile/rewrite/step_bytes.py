@@ -93,9 +93,13 @@ def _bytes(node: fx.Node) -> int:
 
 
 def _share_read(node: fx.Node, workload: Workload) -> float:
-    """The share of a tensor that a step reads: of experts, those that its tokens choose."""
+    """The share of a tensor that a step reads: of experts and neurons, those that its tokens choose."""
     for user in node.users:
         if user.target is torch.ops.memcompile.experts.default:
             experts, chosen = node.meta["val"].shape[0], argument(user, "index").meta["val"].shape[1]
             return float(min(1.0, workload.batch * int(chosen) / int(experts)))
+        if user.target is torch.ops.memcompile.sparse_ffn.default:
+            share = int(argument(user, "keep")) / node.meta["val"].shape[0]
+            whole = argument(user, "gate") is node and not user.meta.get("counted")
+            return 1.0 if whole else min(1.0, workload.batch * share)
     return 1.0

@@ -185,9 +185,9 @@ class BaseSession(ABC):
             )
         self._check_positions(int(state.lengths[0]) + len(tokens))
         state.count_new(len(tokens))
-        if state.chooses_pages:
-            # only a call of one token chooses pages: what is measured is what decoding does
-            state.chunk_tokens = 1
+        if self.manifest.prefill.extend_tokens:
+            # what is measured has to be what decoding does, where that differs from reading
+            state.chunk_tokens = min(state.chunk_tokens, self.manifest.prefill.extend_tokens)
         logits = self._feed(state, 0, np.asarray(tokens, np.int64), True, on_logits)
         return np.zeros((0, logits_width(self.manifest)), np.float32) if logits is None else logits
 

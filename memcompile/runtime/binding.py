@@ -112,6 +112,11 @@ class StepBinding:
             caches.value.bind(self._binding, entry.value_in, entry.value_out, row)
             if caches.bounds is not None:
                 caches.bounds.bind(self._binding, entry.bounds_in, entry.bounds_out, row)
+            if caches.neurons is not None:
+                counts = caches.neurons if row is None else caches.neurons[row : row + 1]
+                value = self._held[str(entry.neurons_in)] = ort.OrtValue.ortvalue_from_numpy(counts)
+                self._binding.bind_ortvalue_input(entry.neurons_in, value)
+                self._binding.bind_ortvalue_output(entry.neurons_out, value)
             if entry.observed_in is not None and state.phase == DECODING:
                 # nobody reads the observed queries any more: none go in, and what comes out is not fetched
                 rows = state.batch if row is None else 1

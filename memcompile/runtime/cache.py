@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from memcompile.artifact import GroupEntry, Manifest, StateEntry
 from memcompile.errors import MemcompileError
-from memcompile.runtime.buffers import Array, Buffer, new_buffer
+from memcompile.runtime.buffers import Array, Buffer, aligned_zeros, new_buffer
 from memcompile.runtime.slots import DECODE_SLACK_TOKENS, SlotTable, capacity
 
 NEW: Final = "new"
@@ -28,12 +28,14 @@ class Caches:
     observed: Buffer | None = None
     observed_next: Buffer | None = None
     bounds: Buffer | None = None
+    neurons: Array | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated for the region."""
         buffers = (self.key, self.value, self.observed, self.observed_next, self.bounds)
-        return sum(buffer.nbytes for buffer in buffers if buffer is not None)
+        held = sum(buffer.nbytes for buffer in buffers if buffer is not None)
+        return held if self.neurons is None else held + int(self.neurons.nbytes)
 
 
 class State:
@@ -62,11 +64,6 @@ class State:
         self.device = device
         self.tables = {g.name: SlotTable(g, batch, self._prefill_slots(g)) for g in manifest.groups}
         self.caches = [self._new_caches(entry) for entry in manifest.states]
-
-    @property
-    def chooses_pages(self) -> bool:
-        """Whether a call of one token does another thing than one of several."""
-        return any(caches.bounds is not None for caches in self.caches)
 
     @property
     def total_tokens(self) -> int:
@@ -205,6 +202,8 @@ class State:
             pages = -(-shape[2] // entry.page_tokens)
             bounds = (self.batch, entry.kv_heads, pages, 2 * entry.stored_width)
             caches.bounds = new_buffer(bounds, entry.dtype, self.device)
+        if entry.neurons:
+            caches.neurons = aligned_zeros((self.batch, entry.neurons), "float32")
         return caches
 
     def _dtype(self, name: str) -> str:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import fx
 
 from memcompile.errors import MemcompileError
-from memcompile.regions import AttentionRegion
+from memcompile.regions import AttentionRegion, FfnRegion
 from memcompile.rewrite.cards import HEADINGS, card, pass_page
 from memcompile.rewrite.entry import WorkloadSizes
 from memcompile.rewrite.fingerprint import graph_lines, graph_text
@@ -32,14 +32,18 @@ TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LENGTHS = (1, 63, 64, 65)
 
 
-def graph(layout: str = "GQA", dtype: str = "float32", causal: bool = True) -> fx.GraphModule:
+def graph(name: str, layout: str = "GQA", dtype: str = "float32", causal: bool = True) -> fx.GraphModule:
+    """A graph that the pass `name` acts on."""
     each = {layer: {"causal": causal} for layer in range(3)}
-    return tiny_graph(kv_heads=LAYOUTS[layout], dtype=TYPES[dtype], each=each)
+    gated = name.startswith("ffn.")
+    return tiny_graph(kv_heads=LAYOUTS[layout], dtype=TYPES[dtype], gated=gated, each=each)
 
 
 def refused_graph(name: str) -> fx.GraphModule:
     """A graph whose every region the pass refuses: attention without a cache, weights without storage."""
-    return tiny_graph(computed=True) if name.startswith("weights.") else graph(causal=False)
+    if name.startswith(("weights.", "ffn.")):
+        return tiny_graph(computed=True, gated=name.startswith("ffn."))
+    return graph(name, causal=False)
 
 
 def rewrite(graph_module: fx.GraphModule, name: str, config: Any, folder: Path) -> RewriteResult:
@@ -128,7 +132,7 @@ def test_a_preset_is_a_legal_config_and_names_its_source(name: str, preset: str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", PASSES)
 def test_the_identity_setting_equals_the_original(name: str, layout: str, dtype: str, tmp_path: Path) -> None:
-    original, rewritten = graph(layout, dtype), graph(layout, dtype)
+    original, rewritten = graph(name, layout, dtype), graph(name, layout, dtype)
     rewrite(rewritten, name, load_pass(name).identity(), tmp_path)
     rows = prompts(*LENGTHS)
     for want, got in zip(run(original, rows), run(rewritten, rows), strict=True):
@@ -143,7 +147,7 @@ def test_the_identity_setting_equals_the_original(name: str, layout: str, dtype:
 def test_the_smallest_and_largest_budgets_run(
     name: str, which: str, layout: str, dtype: str, tmp_path: Path
 ) -> None:
-    rewritten = graph(layout, dtype)
+    rewritten = graph(name, layout, dtype)
     smallest, largest = load_pass(name).budgets()
     result = rewrite(rewritten, name, smallest if which == "smallest" else largest, tmp_path)
     assert result.outcomes[0].rewritten == result.outcomes[0].selected
@@ -183,7 +187,7 @@ def test_a_pass_refused_everywhere_is_an_error(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", PASSES)
 def test_a_second_run_finds_nothing_new(name: str, tmp_path: Path) -> None:
-    rewritten = graph()
+    rewritten = graph(name)
     smallest, _ = load_pass(name).budgets()
     rewrite(rewritten, name, smallest, tmp_path)
     once = graph_text(rewritten)
@@ -194,7 +198,7 @@ def test_a_second_run_finds_nothing_new(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PASSES)
 def test_the_journal_names_every_node_that_differs(name: str, tmp_path: Path) -> None:
-    rewritten = graph()
+    rewritten = graph(name)
     before = graph_lines(rewritten)
     smallest, _ = load_pass(name).budgets()
     journal = rewrite(rewritten, name, smallest, tmp_path).journal
@@ -210,7 +214,7 @@ def test_the_identity_changes_nothing_at_any_workload(name: str, tmp_path: Path)
     workload = WorkloadSizes(prompt_tokens=100, new_tokens=10)
     with pytest.raises(MemcompileError, match=f"MC305 {re.escape(name)}: ") as caught:
         apply(
-            graph(),
+            graph(name),
             [entry(name, load_pass(name).identity(), where="plan.yaml:7")],
             workload=workload,
             calibration=calibration(tmp_path),
@@ -232,6 +236,8 @@ def test_the_smallest_budget_is_predicted_to_hold_less(name: str) -> None:
             # a pass that chooses while the prompt is read leaves the cache whole
             chooses = "prompt_choice" in one.order.provides
             assert cost.state_bytes == whole if chooses else cost.state_bytes < whole
+        elif isinstance(region, FfnRegion):
+            assert cost.bytes_moved < 3 * region.neurons * region.width * 4
         else:
             # of an embedding, only the looked up rows move
             rows = 2 if region.kind == "embedding" else region.rows

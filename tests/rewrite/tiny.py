@@ -23,7 +23,9 @@ VOCABULARY = 64
 class TinyAttention(nn.Module):
     """One layer; `attributes` are those of `memcompile::attention`."""
 
-    def __init__(self, heads: int, kv_heads: int, head_dim: int, attributes: Mapping[str, Any]) -> None:
+    def __init__(
+        self, heads: int, kv_heads: int, head_dim: int, attributes: Mapping[str, Any], gated: bool
+    ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.attributes = dict(attributes)
@@ -32,6 +34,7 @@ class TinyAttention(nn.Module):
         self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
+        self.mlp = TinyFeedForward(width) if gated else None
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         batch, tokens = x.shape[0], x.shape[1]
@@ -42,7 +45,21 @@ class TinyAttention(nn.Module):
         out, _, _ = torch.ops.memcompile.attention(
             q, k, v, positions=positions, mask=mask, scale=self.head_dim**-0.5, **self.attributes
         )
-        return x + self.o_proj(out.transpose(1, 2).reshape(batch, tokens, -1))
+        x = x + self.o_proj(out.transpose(1, 2).reshape(batch, tokens, -1))
+        return x if self.mlp is None else x + self.mlp(x)
+
+
+class TinyFeedForward(nn.Module):
+    """A gated layer of twice the model's width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(width, 2 * width, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class Doubled(nn.Module):
@@ -56,13 +73,21 @@ class TinyModel(nn.Module):
     """Tokens and positions [B,T] (-1: padding) to logits [B,T,64]."""
 
     def __init__(
-        self, heads: int, kv_heads: int, head_dim: int, layers: Sequence[Mapping[str, Any]], masked: bool
+        self,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        layers: Sequence[Mapping[str, Any]],
+        masked: bool,
+        gated: bool,
     ) -> None:
         super().__init__()
         width = heads * head_dim
         self.embedding = nn.Embedding(VOCABULARY, width)
         self.places = nn.Embedding(512, width)
-        self.layers = nn.ModuleList(TinyAttention(heads, kv_heads, head_dim, given) for given in layers)
+        self.layers = nn.ModuleList(
+            TinyAttention(heads, kv_heads, head_dim, given, gated) for given in layers
+        )
         self.head = nn.Linear(width, VOCABULARY, bias=False)
         self.masked = masked
 
@@ -84,15 +109,19 @@ def tiny_graph(
     dtype: torch.dtype = torch.float32,
     masked: bool = False,
     computed: bool = False,
+    gated: bool = False,
     each: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> fx.GraphModule:
     """A captured graph; `each` gives attributes of single layers. Graphs made alike share their weights.
 
-    computed: no weight of a layer, of the embedding or of the head is used as it is stored.
+    computed: no weight of a layer, of the embedding or of the head is used as it is stored. gated: with
+    feed-forward layers.
     """
-    key = (heads, kv_heads, head_dim, layers, dtype, masked, computed, repr(each))
+    key = (heads, kv_heads, head_dim, layers, dtype, masked, computed, gated, repr(each))
     if key not in _captured:
-        _captured[key] = _capture(heads, kv_heads, head_dim, layers, dtype, masked, computed, each or {})
+        _captured[key] = _capture(
+            heads, kv_heads, head_dim, layers, dtype, masked, computed, gated, each or {}
+        )
     return copy_graph(_captured[key])
 
 
@@ -107,12 +136,13 @@ def _capture(
     dtype: torch.dtype,
     masked: bool,
     computed: bool,
+    gated: bool,
     each: Mapping[int, Mapping[str, Any]],
 ) -> fx.GraphModule:
     attributes = [{"region": str(layer), **each.get(layer, {})} for layer in range(layers)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1234)
-        model = TinyModel(heads, kv_heads, head_dim, attributes, masked).eval().to(dtype)
+        model = TinyModel(heads, kv_heads, head_dim, attributes, masked, gated).eval().to(dtype)
     if computed:
         for part in list(model.modules()):
             if isinstance(part, nn.Linear | nn.Embedding):

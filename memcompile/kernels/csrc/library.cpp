@@ -1,5 +1,6 @@
 // What the library exports: checks, the choice of an instruction set, and threads for hosts without any.
 #include "attention.h"
+#include "ffn.h"
 #include "linear.h"
 
 #include <condition_variable>
@@ -24,6 +25,7 @@ extern "C" void mc_use_gomp(void *parallel);
     int32_t append(const McAppend &);                    \
     int32_t page_bounds(const McPages &);                \
     int32_t linear(const McLinear &);                    \
+    int32_t ffn(const McFfn &);                          \
     }
 MC_DECLARE(avx2)
 MC_DECLARE(avx512)
@@ -41,6 +43,7 @@ struct Isa {
     int32_t (*append)(const McAppend &);
     int32_t (*page_bounds)(const McPages &);
     int32_t (*linear)(const McLinear &);
+    int32_t (*ffn)(const McFfn &);
 };
 
 bool has_avx2() {
@@ -67,11 +70,11 @@ bool has_amx() {
 // widest first
 const Isa ISAS[] = {
 #if defined(MC_WITH_AMX)
-    {"amx", has_amx(), amx::attention, amx::append, amx::page_bounds, amx::linear},
+    {"amx", has_amx(), amx::attention, amx::append, amx::page_bounds, amx::linear, amx::ffn},
 #endif
-    {"avx512bf16", has_bf16(), avx512bf16::attention, avx512bf16::append, avx512bf16::page_bounds, avx512bf16::linear},
-    {"avx512", has_avx512(), avx512::attention, avx512::append, avx512::page_bounds, avx512::linear},
-    {"avx2", has_avx2(), avx2::attention, avx2::append, avx2::page_bounds, avx2::linear},
+    {"avx512bf16", has_bf16(), avx512bf16::attention, avx512bf16::append, avx512bf16::page_bounds, avx512bf16::linear, avx512bf16::ffn},
+    {"avx512", has_avx512(), avx512::attention, avx512::append, avx512::page_bounds, avx512::linear, avx512::ffn},
+    {"avx2", has_avx2(), avx2::attention, avx2::append, avx2::page_bounds, avx2::linear, avx2::ffn},
 };
 
 const Isa *widest() {
@@ -253,5 +256,14 @@ int32_t mc_linear(const McLinear *call) {
     if (!l.M || !l.N) return DONE;
     use_threads(l);
     return chosen->linear(l);
+}
+
+int32_t mc_ffn(const McFfn *call) {
+    if (!chosen) return NO_CPU;
+    McFfn f = *call;
+    if (f.B < 0 || f.M < 1 || f.F < 1 || f.keep < 1 || f.activation < MC_SILU || f.activation > MC_RELU) return SIZES;
+    if (!f.B) return DONE;
+    use_threads(f);
+    return chosen->ffn(f);
 }
 }

@@ -7,8 +7,9 @@
 #include <thread>
 #include <vector>
 
-// of onnxruntime_linear.cpp
+// of onnxruntime_linear.cpp and onnxruntime_ffn.cpp
 const void *quantized_linear_operator();
+const void *sparse_ffn_operator();
 
 namespace {
 
@@ -230,6 +231,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(O
         for (const Operator &op : OPERATORS)
             if ((failed = add_op(api, domain, &op))) return failed;
         if ((failed = add_op(api, domain, quantized_linear_operator()))) return failed;
+        if ((failed = add_op(api, domain, sparse_ffn_operator()))) return failed;
     }
     return add_domain(api, options, domain);
 }

@@ -25,6 +25,8 @@ PLANS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "evict by norm": [("kv.evict", {"score": "key_norm", "keep_fraction": 0.5})],
     "int8": [("kv.quantize", {"bits": 8})],
     "int4": [("kv.quantize", {"bits": 4})],
+    "neurons of every token": [("ffn.sparse", {"keep_fraction": 0.3})],
+    "neurons of the prompt": [("ffn.sparse", {"keep_fraction": 0.3, "when": "prefill", "layers": "1-2"})],
     "pages": [("attention.sparse", {"selector": "pages", "keep_tokens": 32, "dense_tokens": 0})],
     "pages of int8": [
         ("attention.sparse", {"selector": "pages", "keep_tokens": 32, "dense_tokens": 50, "layers": "1-3"}),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from memcompile.backends.torch import TorchSession
-from memcompile.program import Program, build_program, without_pages
+from memcompile.program import Program, build_program, without_choices
 from memcompile.regions import argument, attention_nodes, attention_regions
 from memcompile.rewrite.entry import WorkloadSizes
 from memcompile.rewrite.manager import apply
@@ -84,9 +84,9 @@ def test_the_bounds_are_state_of_the_program(tmp_path: Path) -> None:
         torch.testing.assert_close(kept[1, :, 2, width:], keys[1, :, 32:40].amin(1))
 
 
-def test_a_program_without_pages_is_the_dense_one(tmp_path: Path) -> None:
+def test_a_program_without_choices_is_the_dense_one(tmp_path: Path) -> None:
     paged = program_of(tmp_path, **PAGES)
-    stripped = without_pages(paged)
+    stripped = without_choices(paged)
     assert [state.page_tokens for state in paged.states] == [16] * 3
     assert [state.page_tokens for state in stripped.states] == [0] * 3
     np.testing.assert_allclose(

@@ -1,0 +1,1 @@
+"""Rewrites of feed-forward layers."""
