@@ -37,6 +37,8 @@ static int32_t decode(const McAttention &c, int32_t *at, const Interval *keys, i
     int64_t most = (candidates + 127) / 128;
     // enough parts to keep the threads level, few enough that a part is worth its merge
     d.parts = c.splits > 0 ? c.splits : (c.threads * 4 + heads - 1) / heads;
+    // as many for one thread as for the next: an odd one is waited for
+    while (c.splits <= 0 && heads * d.parts % c.threads) d.parts++;
     if (c.splits <= 0 && c.threads <= 1) d.parts = 1;
     if (d.parts > most) d.parts = most;
     if (d.parts < 1) d.parts = 1;
@@ -50,11 +52,14 @@ static int32_t decode(const McAttention &c, int32_t *at, const Interval *keys, i
     return d.no_memory ? 2 : 0;
 }
 
+constexpr int64_t NARROW_WINDOW = 512;
+
 static int32_t prefill(const McAttention &c, int32_t *at, const Interval *keys, int64_t keys_stride,
                        const Selection *chosen) {
     Prefill p = {&c, keys, nullptr, at, keys_stride, 0, 0, 0, 0, false, false, nullptr, nullptr, 0, false};
     if (chosen) p.columns = chosen->columns, p.column_count = chosen->column_count, p.most_columns = chosen->most;
-    p.key_tile = c.key_tile ? c.key_tile : 64;
+    // over a narrow window much of a wide tile is hidden
+    p.key_tile = c.key_tile ? c.key_tile : c.window > 0 && c.window < NARROW_WINDOW ? 32 : 64;
     p.query_tile = QUERIES;
     if (c.blocks && c.block_tokens < p.key_tile) p.key_tile = (int32_t)c.block_tokens;
     if (c.blocks && c.block_tokens < p.query_tile) p.query_tile = (int32_t)c.block_tokens;
