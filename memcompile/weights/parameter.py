@@ -68,8 +68,7 @@ class LazyParameter(torch.Tensor):
         args, kwargs = pytree.tree_map_only(LazyParameter, evaluated, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        del tensor_contents
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"LazyParameter({list(self.shape)}, {self.dtype})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LazyParameter:

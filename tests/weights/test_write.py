@@ -11,7 +11,7 @@ from memcompile.artifact.store import JOURNAL, UNFINISHED, ArtifactWriter
 from memcompile.weights import write as writing
 from memcompile.weights.lazy import Cast, Held, LazyTensor, Reshape, Stored
 from memcompile.weights.methods import QuantizeRows, quantize
-from memcompile.weights.parameter import parameter
+from memcompile.weights.parameter import expression_of, parameter
 from memcompile.weights.safetensors_files import file_tensors
 from memcompile.weights.write import Place, watched, write_tensors
 
@@ -59,14 +59,39 @@ def test_a_weight_is_quantised_once_for_all_its_parts(
 ) -> None:
     made: list[QuantizeRows] = []
     original = QuantizeRows.produce
-    monkeypatch.setattr(QuantizeRows, "produce", lambda self: made.append(self) or original(self))
+
+    def produce(self: QuantizeRows) -> dict[str, torch.Tensor]:
+        made.append(self)
+        return original(self)
+
+    monkeypatch.setattr(QuantizeRows, "produce", produce)
     parts: list[LazyTensor] = []
     for tensor in tensors:
         found = quantize(parameter(tensor), bits=4, block=16, zero_point="integer", method="rtn")
-        parts += [part.expression for part in found.tensors().values()]  # type: ignore[attr-defined]
+        parts += [expression_of(part) for part in found.tensors().values()]
     places = write_tensors(tmp_path / "out.bin", parts)
     assert len(made) == len(tensors)
     _check(tmp_path / "out.bin", parts, places)
+
+
+def test_a_tensor_is_read_a_piece_at_a_time(
+    tmp_path: Path, tensors: list[LazyTensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memcompile.weights.methods.TOGETHER", 45)
+    monkeypatch.setattr("memcompile.weights.methods.PIECE_BYTES", 500)
+    read: list[int] = []
+    original = Stored.read
+
+    def reading(self: Stored, begin: int, end: int) -> torch.Tensor:
+        got = original(self, begin, end)
+        read.append(got.nbytes)
+        return got
+
+    monkeypatch.setattr(Stored, "read", reading)
+    found = quantize(parameter(tensors[0]), bits=8, block=16, zero_point="none", method="rtn")
+    parts = [expression_of(part) for part in found.tensors().values()]
+    write_tensors(tmp_path / "out.bin", [*tensors, *parts])
+    assert max(read) <= 2 * 500, "float32 on disk takes twice the bytes of the float16 that are written"
 
 
 def test_progress_is_told_and_ends_at_the_total(tmp_path: Path) -> None:
@@ -98,7 +123,12 @@ def _interrupted(tmp_path: Path, tensors: list[LazyTensor], monkeypatch: pytest.
 def _evaluated(monkeypatch: pytest.MonkeyPatch) -> set[Stored]:
     seen: set[Stored] = set()
     original = Stored.read
-    monkeypatch.setattr(Stored, "read", lambda self, *span: seen.add(self) or original(self, *span))
+
+    def read(self: Stored, begin: int, end: int) -> torch.Tensor:
+        seen.add(self)
+        return original(self, begin, end)
+
+    monkeypatch.setattr(Stored, "read", read)
     return seen
 
 
