@@ -70,7 +70,7 @@ results-weights: $(MODEL)  ## weights in fewer bits beside OpenVINO GenAI and on
 	@$(PIP) -e '.[rivals]'
 	$(BIN)/python -m benchmarks.weights
 
-bench-attention: $(READY)  ## the attention kernels beside torch's and ONNX Runtime's (quiet machine, ten minutes)
+bench-attention: $(READY)  ## the attention kernels beside torch's and ONNX Runtime's (quiet machine, a quarter of an hour)
 	$(BIN)/python -m benchmarks.attention
 
 docs: $(READY)  ## write the generated pages of docs/ again

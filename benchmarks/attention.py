@@ -126,11 +126,18 @@ class Bench:
         seconds = take_turns(runs, rounds or self.rounds, self.budget)
         ours = seconds.pop("ours")
         for name, theirs in seconds.items():
-            ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-            yield Comparison(
-                part, what, self.shape, tokens, min(ours) * 1e3, name, min(theirs) * 1e3,
-                min(theirs) / min(ours), min(ratios), max(ratios), work / min(ours), unit, wanted.get(name),
-            )  # fmt: skip
+            yield self.row(part, what, tokens, ours, name, theirs, work, unit, wanted.get(name))
+
+    def row(
+        self, part: str, what: str, tokens: int, ours: list[float], name: str, theirs: list[float],
+        work: float, unit: str, wanted: float | None,
+    ) -> Comparison:  # fmt: skip
+        """One comparison of seconds that were taken in the same rounds."""
+        ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+        return Comparison(
+            part, what, self.shape, tokens, min(ours) * 1e3, name, min(theirs) * 1e3,
+            min(theirs) / min(ours), min(ratios), max(ratios), work / min(ours), unit, wanted,
+        )  # fmt: skip
 
 
 def prefill(bench: Bench, tokens: int) -> Iterator[Comparison]:
@@ -156,31 +163,38 @@ def sparse(bench: Bench, tokens: int) -> Iterator[Comparison]:
 
     flops = 2 * bench.heads * bench.width * tokens * tokens
     tensors = bench.tensors(tokens, tokens, torch.float32)
-    dense = bench.ours(tensors)
     count = -(-tokens // BLOCK)
     causal = torch.ones(count, count).tril().bool()
+    seen = WINDOW + SINKS
+    # dense is run once a round for all of them
+    runs = {"our dense": bench.ours(tensors)}
+    rows: dict[str, tuple[float, float | None]] = {}
     for density in DENSITIES:
         generator = torch.Generator().manual_seed(1)
         blocks = (torch.rand(1, bench.heads, count, count, generator=generator) < density) & causal
         blocks |= torch.eye(count).bool()
         real = float((blocks & causal).sum() / (bench.heads * causal.sum()))
-        runs = {"ours": bench.ours(tensors, blocks=blocks, block_tokens=BLOCK), "our dense": dense}
+        what, work = f"blocks, {real:.1%}", flops * real / 1e9
+        runs[what] = bench.ours(tensors, blocks=blocks, block_tokens=BLOCK)
+        rows[what] = work, 0.85 / real
         if density == 0.12 and tokens <= 8192 and bench.heads == 9:
-            runs["torch, one sdpa a block"] = block_loop(tensors, blocks)
-            runs["ONNX Runtime SparseAttention"] = sparse_attention(bench, tensors, blocks)
+            others = {
+                "ours": runs[what],
+                "torch, one sdpa a block": block_loop(tensors, blocks),
+                "ONNX Runtime SparseAttention": sparse_attention(bench, tensors, blocks),
+            }
             if (flex := flex_attention(tensors, blocks)) is not None:
-                runs["torch FlexAttention, compiled"] = flex
-        yield from bench.compare(
-            "sparse", f"blocks, {real:.1%}", tokens, runs, work=flops * real / 1e9, unit="GFLOP/s",
-            wanted={"our dense": 0.85 / real}, rounds=min(bench.rounds, 3),
-        )  # fmt: skip
-    seen = WINDOW + SINKS
+                others["torch FlexAttention, compiled"] = flex
+            yield from bench.compare("sparse", what, tokens, others, work=work, unit="GFLOP/s", wanted={})
+    what = f"window {WINDOW}+{SINKS}"
+    runs[what] = bench.ours(tensors, window=WINDOW, sinks=SINKS)
     work = 4 * bench.heads * bench.width * (seen * tokens - seen * seen / 2) / 1e9
-    runs = {"ours": bench.ours(tensors, window=WINDOW, sinks=SINKS), "our dense": dense}
-    yield from bench.compare(
-        "sparse", f"window {WINDOW}+{SINKS}", tokens, runs, work=work, unit="GFLOP/s",
-        wanted={"our dense": 6.0} if tokens >= 16384 else {}, rounds=min(bench.rounds, 3),
-    )  # fmt: skip
+    rows[what] = work, 6.0 if tokens >= 16384 else None
+    seconds = take_turns(runs, bench.rounds, bench.budget)
+    for what, (work, wanted) in rows.items():
+        yield bench.row(
+            "sparse", what, tokens, seconds[what], "our dense", seconds["our dense"], work, "GFLOP/s", wanted
+        )
 
 
 def decode(bench: Bench, tokens: int) -> Iterator[Comparison]:
