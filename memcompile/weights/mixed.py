@@ -39,10 +39,9 @@ def allocate(
     A budget that even the least bits do not meet gets the least bits.
     """
     place = dict.fromkeys(options, 0)
-    nbytes = sum(found[0].nbytes for found in options.values())
-    loss = sum(found[0].loss for found in options.values())
     stuck: set[str] = set()
-    while max_bytes is None or nbytes > max_bytes:
+    within: list[dict[str, int]] = []
+    while max_bytes is None or _bytes(options, place) > max_bytes:
         steps = [
             (_price(options[name][at], options[name][at + 1]), name)
             for name, at in place.items()
@@ -51,14 +50,42 @@ def allocate(
         if not steps:
             break
         _, name = min(steps)
-        now, then = options[name][place[name]], options[name][place[name] + 1]
-        if max_loss is not None and loss + then.loss - now.loss > max_loss:
+        lower = {**place, name: place[name] + 1}
+        if max_loss is not None and _loss(options, lower) > max_loss:
             stuck.add(name)
-            continue
-        place[name] += 1
-        nbytes += then.nbytes - now.nbytes
-        loss += then.loss - now.loss
-    return Allocation({name: options[name][at].bits for name, at in place.items()}, nbytes, loss)
+        elif max_bytes is not None and _bytes(options, lower) <= max_bytes:
+            # a large weight may save far more than was needed: give it back, or do without that step
+            within.append(_raised(options, lower, max_bytes))
+            stuck.add(name)
+        else:
+            place = lower
+    if within:
+        place = min(within, key=lambda found: _loss(options, found))
+    elif max_bytes is not None and _bytes(options, place) > max_bytes:
+        place = {name: len(found) - 1 for name, found in options.items()}
+    bits = {name: options[name][at].bits for name, at in place.items()}
+    return Allocation(bits, _bytes(options, place), _loss(options, place))
+
+
+def _raised(
+    options: Mapping[str, tuple[Option, ...]], place: Mapping[str, int], max_bytes: float
+) -> dict[str, int]:
+    """Raise weights again while they fit, those first that win most for their bytes."""
+    found = dict(place)
+    prices = {name: _price(options[name][at - 1], options[name][at]) for name, at in found.items() if at}
+    for name in sorted(prices, key=prices.__getitem__, reverse=True):
+        higher = {**found, name: found[name] - 1}
+        if _bytes(options, higher) <= max_bytes:
+            found = higher
+    return found
+
+
+def _bytes(options: Mapping[str, tuple[Option, ...]], place: Mapping[str, int]) -> int:
+    return sum(options[name][at].nbytes for name, at in place.items())
+
+
+def _loss(options: Mapping[str, tuple[Option, ...]], place: Mapping[str, int]) -> float:
+    return sum(options[name][at].loss for name, at in place.items())
 
 
 def _price(now: Option, then: Option) -> float:

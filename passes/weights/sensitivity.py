@@ -147,6 +147,8 @@ class _Runner(fx.Interpreter):
         self.visit = visit
         self.head = head
         self.root: list[torch.Tensor] = []
+        # quantised or not
+        self.tables = {region.node for region in weight_regions(graph_module) if region.kind == "embedding"}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -155,7 +157,7 @@ class _Runner(fx.Interpreter):
         if n.op == "get_attr":
             return value.detach() if value.requires_grad else value
         if n.op == "call_function" and value.is_floating_point():
-            if not self.root and not value.requires_grad and n.target is torch.ops.aten.embedding.default:
+            if n in self.tables and not value.requires_grad:
                 value = value.detach().requires_grad_()
                 self.root.append(value)
             region = self.regions.get(n)

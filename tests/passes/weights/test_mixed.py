@@ -114,6 +114,21 @@ def test_mixed_bits_go_with_methods_that_read_data(tmp_path: Path) -> None:
     assert divergence(tiny_graph(), graph) < 0.01
 
 
+def test_mixed_bits_beside_a_table_quantised_before(tmp_path: Path) -> None:
+    graph = tiny_graph()
+    apply(
+        graph,
+        [
+            entry("weights.quantize", bits=8, modules=["embedding", "head"]),
+            entry("weights.quantize", bits="mixed", average_bits=6.0, layers="all"),
+        ],
+        calibration=calibration(tmp_path, tokens=512, window=64),
+    )
+    bits = {region.region: region.bits for region in weight_regions(graph)}
+    assert bits.pop("embedding") == bits.pop("head") == 8
+    assert set(bits.values()) == {4, 8}
+
+
 def test_a_model_without_logits_is_an_error(tmp_path: Path) -> None:
     graph = captured_tiny("bert").graph
     for region in weight_regions(graph):
