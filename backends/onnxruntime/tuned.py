@@ -65,7 +65,7 @@ def measure_switches(
     for measured, begin in zip(MEASURED, ("pattern_from", "page_from"), strict=True):
         rules: dict[Rule, list[ir.Node]] = {}
         for node in attention_nodes(model):
-            if can_run(node) and node.attributes.get_int(measured, 0):
+            if can_run(node) and node.attributes.get_int(measured, 0) != 0:
                 rules.setdefault(_rule_of(node, measured), []).append(node)
         if not rules:
             continue
@@ -73,7 +73,7 @@ def measure_switches(
         regions = ", ".join(region_of(node) for node in nodes)
         found = None if workload is None else _switch(list(rules), workload, database, progress)
         if found is None:
-            tokens = nodes[0].attributes.get_int(begin)
+            tokens = nodes[0].attributes.get_int(begin, 0)
             text = f"keys are chosen from {tokens:,} on, the default, not measured here"
         else:
             text = found.sentence()
@@ -105,7 +105,7 @@ def _rule_of(node: ir.Node, measured: str) -> Rule:
     assert pattern is not None
     stored = ir.convenience.get_const_tensor(pattern)
     assert stored is not None
-    rows = tuple(tuple(int(number) for number in row) for row in stored.numpy())
+    rows = tuple((int(a), int(b), int(c), int(d)) for a, b, c, d in stored.numpy())
     return Rule(*sizes, pattern=rows, block=names.get_int("block_tokens"))
 
 

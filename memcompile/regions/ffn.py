@@ -98,10 +98,12 @@ def _dense(down: fx.Node, gate: fx.Node, up: fx.Node, activation: str, layers: s
         reason = "its weights are computed from others"
     elif len(down.args[0].users) > 1 or any(len(node.users) > 1 for node in (gate, up)):  # type: ignore[union-attr]
         reason = "its neurons are read by something else as well"
-    x, weights = gate.args[0], [node.args[1] for node in products]
+    x, (gate_weight, up_weight, down_weight) = gate.args[0], (node.args[1] for node in products)
     assert isinstance(x, fx.Node)
-    assert all(isinstance(weight, fx.Node) for weight in weights)
+    assert isinstance(gate_weight, fx.Node)
+    assert isinstance(up_weight, fx.Node)
+    assert isinstance(down_weight, fx.Node)
     return FfnRegion(
-        down, path, path, layer_of(path, layers), width, neurons, activation, 0, False, x, *weights,  # type: ignore[arg-type]
-        reason=reason,
+        down, path, path, layer_of(path, layers), width, neurons, activation, x=x, gate=gate_weight,
+        up=up_weight, down=down_weight, reason=reason,
     )  # fmt: skip
