@@ -33,7 +33,7 @@ def artifact_of(program: Program, target: Path, *, chunk_tokens: int = 16, devic
                 threads=1,
                 states=lowered.states,
                 groups=lowered.groups,
-                prefill=PrefillEntry(chunk_tokens),
+                prefill=PrefillEntry(chunk_tokens, lowered.prefill.extend_tokens),
             )
         )
         return writer.commit()
