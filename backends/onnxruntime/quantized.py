@@ -57,6 +57,48 @@ def lower_quantized_embedding(emitter: Emitter, node: fx.Node) -> torch.Tensor:
     return rows + torch.matmul(shifts, _block_indicator(emitter, width, block, rows).mT)
 
 
+@lowers(torch.ops.memcompile.quantized_experts.default)
+def lower_quantized_experts(emitter: Emitter, node: fx.Node) -> torch.Tensor | None:
+    """QMoE, which takes the choice of experts and their weights from outside.
+
+    It knows SiLU, whole blocks, and no float activations at 8 bits: anything else is written out.
+    """
+    given = _arguments(node)
+    x, index, weight = (emitter.value(given[name]) for name in ("x", "index", "weight"))
+    bits, int8 = int(given["bits"]), bool(given["int8_activations"])
+    names = ("codes", "scales", "zero_points")
+    gate_up = [emitter.value(given[f"gate_up_{name}"]) for name in names]
+    down = [emitter.value(given[f"down_{name}"]) for name in names]
+    experts, rows = gate_up[0].shape[:2]
+    block = block_of(gate_up[0], bits)
+    if (
+        given["activation"] != "silu"
+        or x.shape[-1] % block
+        or (rows // 2) % block
+        or (bits == 8 and not int8)
+    ):
+        return None
+    member = index.unsqueeze(-1) == torch.arange(experts)
+    chosen = member.any(1).to(x.dtype)
+    shares = (member * weight.to(x.dtype).unsqueeze(-1)).sum(1)
+    no_bias_no_third = [None, None, None, None]
+    first, second = gate_up[0].flatten(2), down[0].flatten(2)
+    inputs = [x, chosen, first, gate_up[1], None, second, down[1], *no_bias_no_third]
+    inputs += [gate_up[2], down[2], None, shares]
+    attributes = {
+        "k": int(index.shape[1]),
+        "block_size": block,
+        "expert_weight_bits": bits,
+        "activation_type": "swiglu",
+        "swiglu_fusion": 1,
+        "activation_alpha": 1.0,
+        "activation_beta": 0.0,
+        "normalize_routing_weights": 0,
+        "accuracy_level": INT8 if int8 else FLOAT,
+    }
+    return emit(MICROSOFT + "QMoE", inputs, attributes, like=x)
+
+
 def _block_indicator(emitter: Emitter, width: int, block: int, like: torch.Tensor) -> torch.Tensor:
     """float32 [width,blocks]: 1 where an input belongs to a block."""
     key = ("block indicator", width, block)

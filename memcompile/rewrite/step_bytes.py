@@ -13,6 +13,9 @@ from memcompile.regions import WeightRegion, argument, attention_regions, weight
 from memcompile.rewrite.costs import decode_cost
 from memcompile.rewrite.entry import Workload
 
+_EXPERTS = torch.ops.memcompile.experts.default
+_QUANTIZED_EXPERTS = torch.ops.memcompile.quantized_experts.default
+
 
 @dataclass(frozen=True, slots=True)
 class StepBytes:
@@ -95,7 +98,7 @@ def _bytes(node: fx.Node) -> int:
 def _share_read(node: fx.Node, workload: Workload) -> float:
     """The share of a tensor that a step reads: of experts and neurons, those that its tokens choose."""
     for user in node.users:
-        if user.target is torch.ops.memcompile.experts.default:
+        if user.target in (_EXPERTS, _QUANTIZED_EXPERTS):
             experts, chosen = node.meta["val"].shape[0], argument(user, "index").meta["val"].shape[1]
             return float(min(1.0, workload.batch * int(chosen) / int(experts)))
         if user.target is torch.ops.memcompile.sparse_ffn.default:

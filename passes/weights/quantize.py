@@ -14,14 +14,16 @@ from torch import fx
 from memcompile.calibrate.collect import Calibration, CalibrationData
 from memcompile.dialect import Cost
 from memcompile.dialect.quantized_embedding import quantized_embedding_cost
+from memcompile.dialect.quantized_experts import quantized_experts_cost
 from memcompile.dialect.quantized_linear import quantized_linear_cost
 from memcompile.dialect.quantized_weights import QuantizedWeight
 from memcompile.errors import MemcompileError
 from memcompile.passes.weights.calibrated import Recipe, calibrate_codes, calibrated_weight
 from memcompile.passes.weights.choose import choose_bits, joined
+from memcompile.passes.weights.experts import ExpertsRegion, expert_regions, quantize_experts
 from memcompile.passes.weights.inputs import drop_input, prepared_input
 from memcompile.progress import Progress
-from memcompile.regions import Refusal, WeightRegion, weight_regions
+from memcompile.regions import Refusal, WeightRegion, argument, weight_regions
 from memcompile.rewrite.emit import Emit
 from memcompile.rewrite.entry import Workload
 from memcompile.rewrite.pass_ import NO_CONTEXT, Context, Exactness, Order, Pass, PassConfig, Preset
@@ -88,6 +90,10 @@ class WeightsConfig(PassConfig):
         default=True,
         description="quantise the token embedding; one that is tied to the head shares its codes",
     )
+    experts: bool = Field(
+        default=True,
+        description="quantise the experts of mixtures; by rounding or HQQ, and without float zero points",
+    )
     modules: list[str] | None = Field(
         default=None,
         description='globs on module paths, such as "*.mlp.*" or "!*.down_proj" to leave some out',
@@ -127,11 +133,11 @@ class WeightsFacts:
         return (self.bits, self.block, self.zero_point, self.method)
 
 
-class QuantizeWeights(Pass[WeightRegion, WeightsConfig, WeightsFacts]):
+class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsFacts]):
     """Store weights of linear layers and of the token embedding as 8-bit or 4-bit codes in blocks.
 
-    Rewrites:  linear layers, the product that gives the logits, and the embedding of tokens. `layers` narrows
-               it to layers (head and embedding are outside of all), `modules` to module paths.
+    Rewrites:  linear layers, the product that gives the logits, the embedding of tokens, and experts.
+               `layers` narrows it to layers (head and embedding are outside of all), `modules` to paths.
     Needs:     calibration text for methods clip and gptq, scale_inputs and shift_inputs; without these rtn
                and hqq look at the weights alone.
     Refuses:   weights that are computed at run time, weights already quantised.
@@ -237,11 +243,12 @@ class QuantizeWeights(Pass[WeightRegion, WeightsConfig, WeightsFacts]):
     def calibrate(
         self,
         graph_module: fx.GraphModule,
-        regions: Sequence[WeightRegion],
+        regions: Sequence[WeightRegion | ExpertsRegion],
         config: WeightsConfig,
         data: CalibrationData,
         progress: Progress,
     ) -> Calibration:
+        regions = [region for region in regions if isinstance(region, WeightRegion)]
         bits = {region.region: 8 if config.bits is None else config.bits for region in regions}
         chosen = None
         if config.bits == "mixed":
@@ -276,14 +283,18 @@ class QuantizeWeights(Pass[WeightRegion, WeightsConfig, WeightsFacts]):
         del workload
         return "bits is none, so the weights would stay as they are" if config.bits is None else None
 
-    def regions(self, graph_module: fx.GraphModule) -> Sequence[WeightRegion]:
-        return weight_regions(graph_module)
+    def regions(self, graph_module: fx.GraphModule) -> Sequence[WeightRegion | ExpertsRegion]:
+        return [*weight_regions(graph_module), *expert_regions(graph_module)]
 
-    def selected(self, regions: Sequence[WeightRegion], config: WeightsConfig) -> Sequence[WeightRegion]:
+    def selected(
+        self, regions: Sequence[WeightRegion | ExpertsRegion], config: WeightsConfig
+    ) -> Sequence[WeightRegion | ExpertsRegion]:
         chosen = [
             region
             for region in regions
-            if (config.lm_head or region.kind != "head") and (config.embedding or region.kind != "embedding")
+            if (config.lm_head or region.kind != "head")
+            and (config.embedding or region.kind != "embedding")
+            and (config.experts or region.kind != "experts")
         ]
         if config.modules is None:
             return chosen
@@ -306,7 +317,7 @@ class QuantizeWeights(Pass[WeightRegion, WeightsConfig, WeightsFacts]):
         ]
 
     def check(
-        self, region: WeightRegion, config: WeightsConfig, context: Context = NO_CONTEXT
+        self, region: WeightRegion | ExpertsRegion, config: WeightsConfig, context: Context = NO_CONTEXT
     ) -> WeightsFacts | Refusal:
         del context
         if config.bits is None:
@@ -315,13 +326,27 @@ class QuantizeWeights(Pass[WeightRegion, WeightsConfig, WeightsFacts]):
             return self.refuse(region, f"its weight is already quantised to {region.bits} bits")
         if region.stored is None:
             return self.refuse(region, "its weight is computed at run time")
+        if isinstance(region, ExpertsRegion) and config.zero_point == "float":
+            return self.refuse(region, "experts have no float zero points")
         bits = 8 if config.bits == "mixed" else config.bits
         share = 1.0 if config.average_bits is None else config.average_bits / 8
         return WeightsFacts(
             bits, config.block_size, config.zero_point, config.method, config.activations == "int8", share
         )
 
-    def rewrite(self, region: WeightRegion, facts: WeightsFacts, emit: Emit) -> None:
+    def rewrite(self, region: WeightRegion | ExpertsRegion, facts: WeightsFacts, emit: Emit) -> None:
+        if isinstance(region, ExpertsRegion):
+            quantize_experts(
+                region,
+                bits=facts.bits,
+                block=facts.block,
+                zero_point=facts.zero_point,
+                # single experts see too little of a text to be calibrated on it
+                method="hqq" if facts.method == "hqq" else "rtn",
+                int8_activations=facts.int8_activations,
+                emit=emit,
+            )
+            return
         node, weight = region.node, region.weight
         if "bits" in emit.statistics:
             facts = replace(facts, bits=int(emit.statistics["bits"]))
@@ -357,9 +382,16 @@ class QuantizeWeights(Pass[WeightRegion, WeightsConfig, WeightsFacts]):
         if region.kind != "embedding":
             drop_input(source, emit)
 
-    def cost(self, region: WeightRegion, facts: WeightsFacts, workload: Workload) -> Cost:
+    def cost(self, region: WeightRegion | ExpertsRegion, facts: WeightsFacts, workload: Workload) -> Cost:
         kind = {"zero_points": facts.zero_point == "integer", "offsets": facts.zero_point == "float"}
-        if region.kind == "embedding":
+        if isinstance(region, ExpertsRegion):
+            index, codes = argument(region.node, "index").meta["val"], facts.zero_point == "integer"
+            experts = int(argument(region.node, "gate_up").meta["val"].shape[0])
+            full = quantized_experts_cost(
+                N=workload.batch, K=int(index.shape[1]), E=experts, M=region.width,
+                F=region.rows // (3 * experts), block=facts.block, bits=facts.bits, zero_points=codes,
+            )  # fmt: skip
+        elif region.kind == "embedding":
             full = quantized_embedding_cost(
                 tokens=workload.batch, K=region.width, block=facts.block, bits=facts.bits, **kind
             )
@@ -380,7 +412,7 @@ def _reads_data(config: WeightsConfig) -> bool:
     return config.method in ("clip", "gptq") or config.scale_inputs != "none" or config.shift_inputs
 
 
-def _matches(pattern: str, region: WeightRegion) -> bool:
+def _matches(pattern: str, region: WeightRegion | ExpertsRegion) -> bool:
     """Whether a glob matches the region's name, or the path of a module around it."""
     parts = region.region.split(".")
     return any(fnmatch.fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
