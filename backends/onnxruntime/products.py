@@ -81,9 +81,10 @@ class _Shared:
         known = self.graph.initializers.get(name)
         if known is not None:
             return known
-        tensor = ir.tensor(np.ascontiguousarray(values), name=name)
+        array = np.ascontiguousarray(values)
+        tensor = ir.tensor(array, name=name)
         value = ir.Value(
-            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
+            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
         )
         self.graph.register_initializer(value)
         return value
@@ -108,7 +109,8 @@ class _Writer:
 
 
 def _write_out(graph: ir.Graph, node: ir.Node, shared: _Shared) -> None:
-    x, codes, scales, zero_points, offsets, bias = [*node.inputs, *[None] * (BIAS + 1 - len(node.inputs))]
+    given: list[ir.Value | None] = [*node.inputs, *[None] * (BIAS + 1 - len(node.inputs))]
+    x, codes, scales, zero_points, offsets, bias = given
     write = _Writer(node)
     bits, level = node.attributes.get_int("bits"), node.attributes.get_int("accuracy_level")
     kept = [a for name, a in node.attributes.items() if name != "bits"]
@@ -171,7 +173,9 @@ def _split(node: ir.Node, shared: _Shared, write: _Writer) -> _Halves:
     assert codes is not None
     assert codes.shape is not None
     assert scales is not None
-    rows, blocks = int(codes.shape[0]), int(codes.shape[1])
+    rows, blocks = codes.shape[0], codes.shape[1]
+    assert isinstance(rows, int)
+    assert isinstance(blocks, int)
     if zeros is None:
         # a code of 128 stands for zero
         packed = np.full((rows, -(-blocks // 2)), 0x88, np.uint8)
@@ -197,13 +201,13 @@ def _halve(
     value: ir.Value, axis: int, name: str, shared: _Shared, write: _Writer
 ) -> tuple[ir.Value, ir.Value]:
     """High and low halves of bytes, two a byte along `axis`, the earlier in the low half."""
-    one = {key: shared.stored(key, np.array([number], np.int64))
-           for key, number in (("zero", 0), ("one", 1), ("two", 2), (f"axis_{axis}", axis), ("end", 2**62))}  # fmt: skip
+    zero, one, two, end, last = (
+        shared.stored(key, np.array([number], np.int64))
+        for key, number in (("zero", 0), ("one", 1), ("two", 2), ("end", 2**62), (f"axis_{axis}", axis))
+    )
     even, odd = (
-        write.add(
-            "Slice", [value, one[start], one["end"], one[f"axis_{axis}"], one["two"]], f"{name}_{start}"
-        )
-        for start in ("zero", "one")
+        write.add("Slice", [value, start, end, last, two], f"{name}_{word}")
+        for start, word in ((zero, "even"), (one, "odd"))
     )
     four, low_bits, high_bits = (
         shared.stored(key, np.uint8(number))

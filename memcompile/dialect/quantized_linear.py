@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from memcompile.dialect.cpu_linear import Activations, kernel_quantized_linear
 from memcompile.dialect.op import (
     Cost,
     DialectOp,
@@ -61,6 +62,10 @@ def quantized_linear(
     int8_activations: bool,
 ) -> torch.Tensor:
     """Multiply `x` by a quantised weight; see `quantized_linear_definition` for the shapes."""
+    activations: Activations = "int8" if int8_activations else "float32"
+    out = kernel_quantized_linear(x, codes, scales, zero_points, offsets, bias, bits, activations=activations)
+    if out is not None:
+        return out
     return quantized_linear_definition(
         x, codes, scales, zero_points, offsets, bias, bits, int8_activations
     ).contiguous()

@@ -88,8 +88,8 @@ def search_scale(
 ) -> tuple[torch.Tensor, float]:
     """The scale whose rounded weights change the outputs of the sample least, and its exponent.
 
-    rounded: a weight, by its index, as its codes stand for it. int8_block: inputs are rounded too, in blocks of
-    that size.
+    rounded: a weight, by its index, as its codes stand for it. int8_block: inputs are rounded too, in blocks
+    of that size.
     """
     wanted = [inputs.sample @ weight.T for weight in weights]
     best: tuple[float, torch.Tensor, float] | None = None

@@ -246,7 +246,7 @@ def magnitude_of_channels(region: ChannelsRegion) -> torch.Tensor:
     """The norms of each channel's weights, multiplied: scaling one and dividing another changes nothing."""
     down = region.down.stored
     assert down is not None
-    score = down.float().norm(dim=0)
+    score: torch.Tensor = down.float().norm(dim=0)
     for maker in region.makers:
         weight = maker.stored
         assert weight is not None

@@ -340,7 +340,8 @@ def _drop_channels(region: ChannelsRegion, facts: PruneFacts, emit: Emit) -> Non
     for node in region.between:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: made.get(n, n))
         if keeps_channels(node, region.channels):
-            args = (args[0], [*args[1][:-1], len(keep)])
+            shape: Any = args[1]
+            args = (args[0], [*shape[:-1], len(keep)])
         assert callable(node.target)
         made[node] = emit.call(node.target, *args, before=region.node, like=node, **kwargs)
     source = made[operands(region.node)[0]]

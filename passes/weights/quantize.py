@@ -248,12 +248,13 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
         data: CalibrationData,
         progress: Progress,
     ) -> Calibration:
-        regions = [region for region in regions if isinstance(region, WeightRegion)]
-        bits = {region.region: 8 if config.bits is None else config.bits for region in regions}
+        weights = [region for region in regions if isinstance(region, WeightRegion)]
         chosen = None
         if config.bits == "mixed":
-            chosen = choose_bits(graph_module, regions, config, data, progress)
+            chosen = choose_bits(graph_module, weights, config, data, progress)
             bits = {name: int(found["bits"]) for name, found in chosen.statistics.items()}
+        else:
+            bits = dict.fromkeys((region.region for region in weights), config.bits or 8)
         if not _reads_data(config):
             assert chosen is not None
             return chosen
@@ -268,7 +269,7 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
             shift_inputs=config.shift_inputs,
             int8_activations=config.activations == "int8",
         )
-        codes = calibrate_codes(graph_module, regions, recipe, data, progress)
+        codes = calibrate_codes(graph_module, weights, recipe, data, progress)
         return codes if chosen is None else joined(codes, chosen)
 
     def identity(self) -> WeightsConfig:

@@ -165,7 +165,9 @@ class _Runner(fx.Interpreter):
                 given = self.fetch_args_kwargs_from_env(n)[0]
                 source = n.args[1] if region.kind == "embedding" else operands(n)[0]
                 x = given[n.args.index(source)].detach()
-                value.register_hook(lambda g, region=region, x=x: self.visit(region, x, g.detach()))
+                value.register_hook(  # type: ignore[no-untyped-call]
+                    lambda g, region=region, x=x: self.visit(region, x, g.detach())
+                )
         if n is self.head:
             self.logits = value
         return value

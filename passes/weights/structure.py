@@ -134,11 +134,11 @@ def keeps_channels(node: fx.Node, channels: int) -> bool:
     if node.target not in _RESHAPES or not isinstance(node.args[1], list | tuple):
         return False
     source = node.args[0]
+    shape = list(node.args[1])
     return (
         isinstance(source, fx.Node)
-        and source.meta["val"].shape[-1] == channels
-        and len(node.args[1]) > 0
-        and node.args[1][-1] == channels
+        and bool(source.meta["val"].shape[-1] == channels)
+        and shape[-1:] == [channels]
     )
 
 
