@@ -69,15 +69,12 @@ def kernels_of(model: ir.Model) -> tuple[str, ...]:
 
 
 def finish(
-    model: ir.Model,
-    attention: Callable[[ir.Node], ir.Node],
-    products: Callable[[ir.Graph], None],
-    layers: Callable[[ir.Graph], None],
+    model: ir.Model, attention: Callable[[ir.Node], ir.Node], *others: Callable[[ir.Graph], None]
 ) -> ir.Model:
-    """A copy in which traced attention is what `attention` gives for it; the others finish the rest."""
+    """A copy in which traced attention is what `attention` gives for it; `others` finish the rest."""
     made = model.clone()
-    products(made.graph)
-    layers(made.graph)
+    for other in others:
+        other(made.graph)
     for node in attention_nodes(made):
         new = attention(node)
         made.graph.insert_after(node, new)
