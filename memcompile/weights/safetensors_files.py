@@ -24,11 +24,11 @@ _DTYPES: Final = {
 def folder_tensors(folder: Path) -> dict[str, LazyTensor] | None:
     """The folder's tensors by name; None when it has no safetensors files.
 
-    Raises MC202 for a file that is missing, cut off or not safetensors.
+    Raises MC202 for a file that is missing, cut off, not safetensors or outside the folder.
     """
     if (folder / INDEX).is_file():
         index = _json((folder / INDEX).read_bytes(), folder / INDEX)
-        files = sorted(set(index.get("weight_map", {}).values()))
+        files = _files_of(index, folder / INDEX)
     elif (folder / SINGLE).is_file():
         files = [SINGLE]
     else:
@@ -37,6 +37,16 @@ def folder_tensors(folder: Path) -> dict[str, LazyTensor] | None:
     for name in files:
         found |= file_tensors(folder / name)
     return found
+
+
+def _files_of(index: dict[str, Any], path: Path) -> list[str]:
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise _broken(path, "its weight_map is not a table of file names")
+    for name in names.values():
+        if Path(name).name != name:
+            raise _broken(path, f"it names {name!r}, which is not a file of the folder")
+    return sorted(set(names.values()))
 
 
 def file_tensors(path: Path) -> dict[str, LazyTensor]:
@@ -58,11 +68,11 @@ def file_tensors(path: Path) -> dict[str, LazyTensor]:
             continue
         try:
             dtype, shape = _DTYPES[entry["dtype"]], tuple(int(size) for size in entry["shape"])
-            first, last = entry["data_offsets"]
+            first, last = (int(offset) for offset in entry["data_offsets"])
         except (KeyError, TypeError, ValueError) as error:
             raise _broken(path, f"the entry of {name} is not one this package reads ({error})") from error
         tensor = Stored(str(path.resolve()), begin + first, shape, dtype, version)
-        if last - first != tensor.nbytes or begin + last > total:
+        if min(first, *shape, 0) < 0 or last - first != tensor.nbytes or begin + last > total:
             raise _broken(path, f"{name} does not fit the file")
         found[name] = tensor
     return found

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from memcompile.dialect import attention, attention_definition, page_bounds
 from memcompile.dialect.cache_codes import dequantize, quantize
-from memcompile.dialect.cpu_attention import cpu_library, kernel_attention
+from memcompile.dialect.cpu_attention import kernel_attention
 from memcompile.dialect.pages import chosen_pages
 from memcompile.kernels import KernelLibrary
-from memcompile.kernels.build import INSTRUCTION_SETS
 
 # keys, page, pages to keep
 CHOICES = ((300, 16, 4), (321, 16, 1), (640, 32, 3), (700, 64, 2), (1000, 16, 20))
-
-
-@pytest.fixture(params=list(INSTRUCTION_SETS))
-def library(request: pytest.FixtureRequest) -> Iterator[KernelLibrary]:
-    found = cpu_library()
-    assert found is not None, "this machine has no C++ compiler or no x86-64 CPU"
-    widest = found.isa
-    try:
-        found.use(request.param)
-    except ValueError as error:
-        pytest.skip(f"needs {request.param}: {error}")
-    yield found
-    found.use(widest)
 
 
 def make(keys: int, width: int = 64, heads: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

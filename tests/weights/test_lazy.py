@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -241,3 +242,27 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "gone.safetensors"}}')
     with pytest.raises(MemcompileError, match=r"gone\.safetensors"):
         folder_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/model.safetensors", "a/model.safetensors"])
+def test_an_index_names_no_file_outside_its_folder(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"weight": name}}))
+    with pytest.raises(MemcompileError, match=r"MC202.*not a file of the folder"):
+        folder_tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "U8", "shape": [4], "data_offsets": [-4, 0]},
+        {"dtype": "U8", "shape": [-2, -2], "data_offsets": [0, 4]},
+        {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]},
+    ],
+    ids=["before the data", "negative sizes", "behind the end"],
+)
+def test_a_tensor_lies_inside_its_file(entry: dict[str, Any], tmp_path: Path) -> None:
+    header = json.dumps({"weight": entry}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(MemcompileError, match=r"MC202.*does not fit the file"):
+        file_tensors(path)
