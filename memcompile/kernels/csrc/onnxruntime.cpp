@@ -4,7 +4,6 @@
 #include "onnxruntime.h"
 
 #include <cstring>
-#include <thread>
 #include <vector>
 
 // of onnxruntime_linear.cpp and onnxruntime_ffn.cpp
@@ -93,7 +92,7 @@ OrtStatus *compute(void *kernel, OrtKernelContext *context) {
         c.page_tokens = op.page_tokens, c.page_keep = op.page_keep, c.page_from = op.page_from;
     }
     c.parallel = run_on_host, c.host = &host;
-    c.threads = (int32_t)std::thread::hardware_concurrency();
+    c.threads = processor_threads();
     c.splits = (int32_t)op.splits, c.key_tile = (int32_t)op.key_tile;
     code = mc_attention(&c);
     return code ? create_status(op.api, mc_reason(code)) : nullptr;

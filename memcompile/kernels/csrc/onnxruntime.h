@@ -2,6 +2,7 @@
 // never changes, and OrtCustomOp of version 16.
 #pragma once
 #include "host.h"
+#include "threads.h"
 
 #include <type_traits>
 

@@ -2,8 +2,6 @@
 #include "ffn.h"
 #include "onnxruntime.h"
 
-#include <thread>
-
 namespace {
 
 enum Input { X, GATE, UP, DOWN, COUNTS, INPUTS };
@@ -33,7 +31,7 @@ OrtStatus *compute(void *kernel, OrtKernelContext *context) {
     f.x = (const float *)in[X].data, f.gate = (const float *)in[GATE].data, f.up = (const float *)in[UP].data;
     f.down = (const float *)in[DOWN].data, f.counts = (const float *)in[COUNTS].data, f.out = (float *)out.data;
     f.parallel = run_on_host, f.host = &host;
-    f.threads = (int32_t)std::thread::hardware_concurrency();
+    f.threads = processor_threads();
     int32_t code = mc_ffn(&f);
     return code ? create_status(op.api, mc_reason(code)) : nullptr;
 }

@@ -2,8 +2,6 @@
 #include "linear.h"
 #include "onnxruntime.h"
 
-#include <thread>
-
 namespace {
 
 enum Input { X, CODES, SCALES, ZERO_POINTS, OFFSETS, BIAS, INPUTS };
@@ -38,7 +36,7 @@ OrtStatus *compute(void *kernel, OrtKernelContext *context) {
     l.offsets = (const float *)in[OFFSETS].data, l.bias = (const float *)in[BIAS].data;
     l.activations = (int32_t)op.activations;
     l.parallel = run_on_host, l.host = &host;
-    l.threads = (int32_t)std::thread::hardware_concurrency();
+    l.threads = processor_threads();
     int32_t code = mc_linear(&l);
     return code ? create_status(op.api, mc_reason(code)) : nullptr;
 }

@@ -1,7 +1,7 @@
 // The kernels as a function that TVM's code calls: linked into the artifact's library, memory in its layouts.
 #include "attention.h"
+#include "threads.h"
 
-#include <thread>
 #include <vector>
 
 // TVM's own threads: of libtvm_runtime, which the process has loaded, or missing outside of TVM.
@@ -78,7 +78,7 @@ extern "C" __attribute__((visibility("default"))) int32_t mc_tvm_attention(
         c.block_tokens = pattern_block, c.pattern_from = pattern_from;
     }
     c.key_tile = (int32_t)key_tile, c.splits = (int32_t)splits;
-    c.threads = (int32_t)std::thread::hardware_concurrency();
+    c.threads = processor_threads();
     if (TVMBackendParallelLaunch) c.parallel = run_on_tvm;
     return mc_attention(&c);
 }
