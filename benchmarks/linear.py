@@ -1,7 +1,7 @@
 """Linear layers over quantised weights: our CPU kernels beside ONNX Runtime's, in one run and in turns.
 
-Both sides are sessions of one node over the same codes. Weights are taken in turn from copies that fill the
-last-level cache, since a decoded token never finds the weights of its layer there.
+Both sides are sessions over the same codes, with as many products as overflow the last-level cache: a decoded
+token never finds the weights of a layer there. Times are those of one product.
 
     python -m benchmarks.linear [--json] [--rows 1,512] [--rounds 5] [--threads 2]
 """
@@ -24,6 +24,8 @@ SHAPES: Final = ((576, 576), (1536, 576), (576, 1536), (49152, 576), (4096, 4096
 FORMATS: Final = ((4, "float"), (4, "int8"), (8, "float"), (8, "int8"))
 BLOCK: Final = 32
 COPIES_BYTES: Final = 96 * 2**20
+# products of a session when inputs have many rows
+MANY_ROWS_COPIES: Final = 4
 # MatMulNBits' accuracy_level and our operator's attribute, by what activations are rounded to
 LEVELS: Final = {"float": (0, 0), "int8": (4, 3)}
 
@@ -46,8 +48,9 @@ class Comparison:
     gflops: float
 
 
-def session(operator: str, weight: Any, x: Any, level: int, threads: int) -> Run:
-    """One node over stored codes, its buffers bound."""
+def session(operator: str, weight: Any, x: Any, level: int, copies: int, threads: int) -> Run:
+    """`copies` products of x with stored codes, each with codes of its own; buffers are bound."""
+    import numpy as np
     import onnx
     import onnxruntime
 
@@ -59,14 +62,18 @@ def session(operator: str, weight: Any, x: Any, level: int, threads: int) -> Run
     attributes = {"K": width, "N": outputs, "bits": weight.bits, "block_size": BLOCK}
     attributes["activations" if ours else "accuracy_level"] = level
     domain = "memcompile" if ours else "com.microsoft"
-    node = helper.make_node(operator, ["x", "codes", "scales"], ["y"], domain=domain, **attributes)
-    graph = helper.make_graph(
-        [node],
-        "g",
-        [helper.make_tensor_value_info("x", kind, [rows, width])],
-        [helper.make_tensor_value_info("y", kind, [rows, outputs])],
-        [onnx.numpy_helper.from_array(getattr(weight, n).numpy(), n) for n in ("codes", "scales")],
-    )
+    nodes, stored, shown = [], [], []
+    for i in range(copies):
+        names = {name: f"{name}{i}" for name in ("codes", "scales", "y")}
+        inputs = ["x", names["codes"], names["scales"]]
+        nodes.append(helper.make_node(operator, inputs, [names["y"]], domain=domain, **attributes))
+        shown.append(helper.make_tensor_value_info(names["y"], kind, [rows, outputs]))
+        for name in ("codes", "scales"):
+            # the runtime computes products of equal weights once
+            values = np.roll(getattr(weight, name).numpy(), i, axis=0)
+            stored.append(onnx.numpy_helper.from_array(values, names[name]))
+    given = [helper.make_tensor_value_info("x", kind, [rows, width])]
+    graph = helper.make_graph(nodes, "g", given, shown, stored)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(domain, 1)]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -77,7 +84,8 @@ def session(operator: str, weight: Any, x: Any, level: int, threads: int) -> Run
     made = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
     binding = made.io_binding()
     binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(x))
-    binding.bind_output("y")
+    for i in range(copies):
+        binding.bind_output(f"y{i}")
     return lambda: made.run_with_iobinding(binding)
 
 
@@ -91,11 +99,11 @@ def compare(bits: int, activations: str, rows: int, shape: tuple[int, int], roun
     outputs, width = shape
     weight = quantize(torch.randn(outputs, width), bits=bits, block=BLOCK, zero_point="none", method="rtn")
     x = np.random.default_rng(0).standard_normal((rows, width), dtype=np.float32)
-    copies = max(1, min(64, COPIES_BYTES // weight.nbytes)) if rows == 1 else 1
-    runs: dict[str, Run] = {}
-    for name, level in zip(("MatMulNBits", "QuantizedLinear"), LEVELS[activations], strict=True):
-        turns = [session(name, weight, x, level, threads) for _ in range(copies)]
-        runs[name] = lambda turns=turns: [run() for run in turns]  # type: ignore[misc]
+    copies = max(1, min(96, COPIES_BYTES // weight.nbytes)) if rows == 1 else MANY_ROWS_COPIES
+    runs = {
+        name: session(name, weight, x, level, copies, threads)
+        for name, level in zip(("MatMulNBits", "QuantizedLinear"), LEVELS[activations], strict=True)
+    }
     seconds = {name: [s / copies for s in spent] for name, spent in take_turns(runs, rounds).items()}
     ours, theirs = seconds["QuantizedLinear"], seconds["MatMulNBits"]
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
