@@ -66,7 +66,7 @@ demo-short: $(MODEL)  ## the demo at 1,024 tokens with a quick evaluation
 bench: $(MODEL)  ## the benchmark table (quiet machine, about an hour)
 	$(BIN)/python -m benchmarks
 
-results-weights: $(MODEL)  ## weights in fewer bits beside OpenVINO GenAI and onnxruntime-genai int4 (quiet machine, 15 minutes)
+results-weights: $(MODEL)  ## weights in fewer bits beside OpenVINO GenAI and onnxruntime-genai int4 (quiet machine, about 40 minutes)
 	@$(PIP) -e '.[rivals]'
 	$(BIN)/python -m benchmarks.weights
 

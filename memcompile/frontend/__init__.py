@@ -31,7 +31,9 @@ def capture(
     activations: "float" or "int8": what kept codes are multiplied with.
     Raises MC20x: the source is missing, is not a model, or cannot be traced.
     """
-    loaded = load_source(source, dtype) if isinstance(source, str) else LoadedModel(source, tokenizer)
+    loaded = (
+        load_source(source, dtype, lazy=True) if isinstance(source, str) else LoadedModel(source, tokenizer)
+    )
     from transformers import PreTrainedModel
 
     examples = example_inputs if example_inputs is not None else loaded.example_inputs

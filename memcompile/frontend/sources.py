@@ -20,6 +20,7 @@ from memcompile.errors import MemcompileError
 from memcompile.frontend.lazy_gguf import read_gguf
 from memcompile.frontend.lazy_model import lazy_model
 from memcompile.weights.lazy import LazyTensor
+from memcompile.weights.parameter import materialise
 from memcompile.weights.safetensors_files import folder_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,25 +38,30 @@ class LoadedModel:
     gguf: Path | None = None
 
 
-def load_source(source: str, dtype: str | None = None) -> LoadedModel:
+def load_source(source: str, dtype: str | None = None, *, lazy: bool = False) -> LoadedModel:
     """Load a model source given as text.
 
     A folder or file that exists is read as such; `package.module:function` is imported and called.
+    lazy: weights of files stay on disk; whatever computes with one reads it then, and forgets it again.
     Raises MC201 when nothing is there, MC202 when it is not a model, MC206 when a package is missing.
     """
     path = Path(source)
     if path.is_dir():
-        return _load_folder(path, dtype)
-    if path.is_file():
-        return _load_file(path, dtype)
-    if ":" in source and not source.endswith((".gguf", ".safetensors")):
-        return _load_factory(source)
-    raise MemcompileError(
-        "MC201",
-        f"{source}: no such folder, file or factory",
-        where=source,
-        fix="give a Hugging Face folder, a .gguf file, or package.module:function; nothing is downloaded",
-    )
+        loaded = _load_folder(path, dtype)
+    elif path.is_file():
+        loaded = _load_file(path, dtype)
+    elif ":" in source and not source.endswith((".gguf", ".safetensors")):
+        loaded = _load_factory(source)
+    else:
+        raise MemcompileError(
+            "MC201",
+            f"{source}: no such folder, file or factory",
+            where=source,
+            fix="give a Hugging Face folder, a .gguf file, or package.module:function; nothing is downloaded",
+        )
+    if not lazy:
+        materialise(loaded.module)
+    return loaded
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ def test_loading_reads_headers_only(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     source = _saved(tmp_path, "mixtral")
     read: list[Stored] = []
     monkeypatch.setattr(Stored, "read", lambda self, *_: read.append(self))
-    module = load_source(source).module
+    module = load_source(source, lazy=True).module
     assert not read
     assert all(isinstance(parameter, LazyParameter) for parameter in module.parameters())
 
