@@ -2,6 +2,7 @@
 #include "ffn.h"
 #include "largest.h"
 #include "scratch.h"
+#include "tasks.h"
 #include "vector.h"
 
 #include <cmath>
@@ -106,14 +107,6 @@ static void sum_task(void *data, size_t index) {
         for (; m < M; m++)
             for (int j = 0; j < AT_ONCE; j++) out[m] += f.down[rows[j] * M + m] * by[j];
     }
-}
-
-static void run(const McFfn &f, McTask task, size_t count, void *data) {
-    if (f.threads <= 1 || count <= 1) {
-        for (size_t i = 0; i < count; i++) task(data, i);
-        return;
-    }
-    f.parallel(f.host, task, count, data);
 }
 
 static int64_t level(const McFfn &f, int64_t count) {

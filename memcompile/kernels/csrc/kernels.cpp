@@ -3,16 +3,9 @@
 #include "pages.h"
 #include "prefill.h"
 #include "select.h"
+#include "tasks.h"
 
 namespace MC_ISA {
-
-static void run(const McAttention &c, McTask task, size_t count, void *data) {
-    if (c.threads <= 1 || count <= 1) {
-        for (size_t i = 0; i < count; i++) task(data, i);
-        return;
-    }
-    c.parallel(c.host, task, count, data);
-}
 
 // Positions of the queries, one a row and token.
 static void find_queries(const McAttention &c, int32_t *at) {
@@ -147,7 +140,7 @@ int32_t attention(const McAttention &c) {
     }
     int32_t code;
     if (c.bounds.data && c.T == 1 && !c.slots && !c.blocks)
-        code = attend_to_pages(c, few, run, [&](const McAttention &chosen) {
+        code = attend_to_pages(c, few, [&](const McAttention &chosen) {
             if (few) return decode(chosen, at, keys, keys_stride);
             return prefill(chosen, at, keys, keys_stride, nullptr);
         });

@@ -2,6 +2,7 @@
 #include "linear.h"
 #include "linear_few.h"
 #include "linear_many.h"
+#include "tasks.h"
 
 namespace MC_ISA {
 
@@ -10,14 +11,6 @@ constexpr int64_t FEW_INPUTS = 8;
 
 // Held from call to call by the thread that makes them.
 static thread_local Scratch prepared;
-
-static void run(const McLinear &l, McTask task, size_t count, void *data) {
-    if (l.threads <= 1 || count <= 1) {
-        for (size_t i = 0; i < count; i++) task(data, i);
-        return;
-    }
-    l.parallel(l.host, task, count, data);
-}
 
 int32_t linear(const McLinear &l) {
     bool few = l.M <= FEW_INPUTS, coded = l.weight_type >= MC_I8;

@@ -129,12 +129,14 @@ void run_on_host(void *host, McTask task, size_t count, void *data) {
     for (size_t i = 0; i < count; i++) task(data, i);
 }
 
-// What all operators have in common.
+// What operators have in common: those with one output of floats need no more of outputs.
 inline Operator blank(const char *name, int cache = FLOAT, int32_t type = MC_F32) {
     Operator op{};
     op.version = 16;
     op.GetName = [](const OrtCustomOp *o) { return ((const Operator *)o)->name; };
     op.GetExecutionProviderType = [](const OrtCustomOp *) -> const char * { return "CPUExecutionProvider"; };
+    op.GetOutputType = [](const OrtCustomOp *, size_t) { return FLOAT; };
+    op.GetOutputTypeCount = [](const OrtCustomOp *) -> size_t { return 1; };
     op.GetOutputCharacteristic = [](const OrtCustomOp *, size_t) { return REQUIRED; };
     op.GetInputMemoryType = [](const OrtCustomOp *, size_t) { return 0; };
     op.GetVariadicInputMinArity = op.GetVariadicOutputMinArity = [](const OrtCustomOp *) { return 1; };

@@ -50,8 +50,6 @@ Operator make() {
     op.GetInputType = [](const OrtCustomOp *, size_t) { return FLOAT; };
     op.GetInputTypeCount = [](const OrtCustomOp *) -> size_t { return INPUTS; };
     op.GetInputCharacteristic = [](const OrtCustomOp *, size_t i) { return i == COUNTS ? OPTIONAL : REQUIRED; };
-    op.GetOutputType = [](const OrtCustomOp *, size_t) { return FLOAT; };
-    op.GetOutputTypeCount = [](const OrtCustomOp *) -> size_t { return 1; };
     op.KernelDestroy = [](void *kernel) { delete (Kernel *)kernel; };
     op.CreateKernelV2 = create_kernel;
     op.KernelComputeV2 = compute;

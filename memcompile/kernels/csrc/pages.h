@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "decode.h"
 #include "select.h"
+#include "tasks.h"
 
 namespace MC_ISA {
 
@@ -127,8 +128,8 @@ static void list_slots(const Paging &p, const uint8_t *marks, int64_t most, int3
 
 // One query over the pages that it chooses. `attend` runs decode over slots, or prefill over blocks where the
 // head's width does not fill vectors.
-template <class Run, class Attend>
-static int32_t attend_to_pages(McAttention c, bool by_slot, Run run, Attend attend) {
+template <class Attend>
+static int32_t attend_to_pages(McAttention c, bool by_slot, Attend attend) {
     Paging p = {&c, 0, 0, nullptr, false};
     int64_t most = 0;
     bool any = false;
