@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -60,6 +60,7 @@ def kernel_attention(
     threads: int | None = None,
     splits: int = 0,
     key_tile: int = 0,
+    products: Literal["float32", "bfloat16"] = "float32",
 ) -> torch.Tensor | None:
     """Attend from `q` [B,H,T,D] over all `keys` and `values` [B,G,S,D]; None when no kernel takes them.
 
@@ -67,6 +68,7 @@ def kernel_attention(
     slots [B,G,N] int32, for decoding; lse [B,H,T] float32 is written. Token scales are [B,G,S] float32,
     channel scales [G*D]; pattern [H,4] int32, see memcompile/dialect/selection.py; bounds [B,G,pages,2W] in
     the cache's type, see memcompile/dialect/pages.py. Codes are int8, or uint8 with two int4 channels each.
+    With `products` "bfloat16" prefill may round both sides of its products, whatever is stored.
     See csrc/attention.h.
     """
     if not takes(q, keys, values) or (library := cpu_library()) is None:
@@ -81,7 +83,7 @@ def kernel_attention(
         causal=causal, window=window, sinks=sinks, block=block, stride=stride,
         block_tokens=block_tokens if pattern is None else pattern_block, pattern_from=pattern_from,
         threads=torch.get_num_threads() if threads is None else threads,
-        splits=splits, key_tile=key_tile,
+        splits=splits, key_tile=key_tile, products=TYPES[products],
     )  # fmt: skip
     held: list[torch.Tensor] = []  # a converted copy must live as long as the call
     for name, tensor, dtype in (

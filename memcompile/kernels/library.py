@@ -39,7 +39,7 @@ class CAttention(ctypes.Structure):
         ("bounds", CTensor), ("page_tokens", c_int64), ("page_keep", c_int64), ("page_from", c_int64),
         ("lse", c_void_p),
         ("parallel", c_void_p), ("host", c_void_p),
-        ("threads", c_int32), ("splits", c_int32), ("key_tile", c_int32),
+        ("threads", c_int32), ("splits", c_int32), ("key_tile", c_int32), ("products", c_int32),
     ]  # fmt: skip
 
 

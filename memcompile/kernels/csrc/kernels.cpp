@@ -49,18 +49,20 @@ constexpr int64_t NARROW_WINDOW = 512;
 
 static int32_t prefill(const McAttention &c, int32_t *at, const Interval *keys, int64_t keys_stride,
                        const Selection *chosen) {
-    Prefill p = {&c, keys, nullptr, at, keys_stride, 0, 0, 0, 0, false, false, nullptr, nullptr, 0, false};
+    Prefill p = {&c, keys, nullptr, at, keys_stride, 0, 0, 0, 0, false, false, false, nullptr, nullptr, 0, false};
     if (chosen) p.columns = chosen->columns, p.column_count = chosen->column_count, p.most_columns = chosen->most;
+#if defined(MC_PAIRS)
+    p.pairs = c.D % 2 == 0 && (c.products == MC_BF16 || (c.kv_type == MC_BF16 && c.q_type == MC_BF16));
+#endif
     // over a narrow window much of a wide tile is hidden
-    p.key_tile = c.key_tile ? c.key_tile : c.window > 0 && c.window < NARROW_WINDOW ? 32 : 64;
+    p.key_tile = c.key_tile ? c.key_tile : c.window > 0 && c.window < NARROW_WINDOW ? 32 : p.pairs ? 128 : 64;
     p.query_tile = QUERIES;
     if (c.blocks && c.block_tokens < p.key_tile) p.key_tile = (int32_t)c.block_tokens;
     if (c.blocks && c.block_tokens < p.query_tile) p.query_tile = (int32_t)c.block_tokens;
     p.tiles = (c.S + p.key_tile - 1) / p.key_tile;
     p.query_tiles = (int32_t)((c.T + p.query_tile - 1) / p.query_tile);
 #if defined(MC_PAIRS)
-    p.pairs = c.kv_type == MC_BF16 && c.q_type == MC_BF16 && c.D % 2 == 0 && c.k.token % 2 == 0 &&
-              c.k.head % 2 == 0 && c.k.batch % 2 == 0 && !c.k_scale && !c.k_token_scale;
+    p.in_place = c.kv_type == MC_BF16 && c.k.token % 2 == 0 && c.k.head % 2 == 0 && c.k.batch % 2 == 0;
 #if defined(MC_AMX)
     // a tile is 32 channels wide
     p.in_tiles = p.pairs && c.D % 32 == 0;

@@ -20,7 +20,7 @@ struct Kernel {
     int32_t cache_type;
     int64_t heads = 0, kv_heads = 0, causal = 1, window = 0, sinks = 0, block = 0, stride = 0;
     int64_t block_tokens = 0, pattern_from = 0, splits = 0, key_tile = 0;
-    int64_t page_tokens = 0, page_keep = 0, page_from = 0;
+    int64_t page_tokens = 0, page_keep = 0, page_from = 0, products = MC_F32;
     float scale = 0, softcap = 0;
 };
 
@@ -93,7 +93,7 @@ OrtStatus *compute(void *kernel, OrtKernelContext *context) {
     }
     c.parallel = run_on_host, c.host = &host;
     c.threads = processor_threads();
-    c.splits = (int32_t)op.splits, c.key_tile = (int32_t)op.key_tile;
+    c.splits = (int32_t)op.splits, c.key_tile = (int32_t)op.key_tile, c.products = (int32_t)op.products;
     code = mc_attention(&c);
     return code ? create_status(op.api, mc_reason(code)) : nullptr;
 }
@@ -108,7 +108,7 @@ OrtStatus *create_kernel(const OrtCustomOp *op, const OrtApi *api, const OrtKern
     } ints[] = {{"num_heads", &k->heads}, {"kv_num_heads", &k->kv_heads}, {"causal", &k->causal},
                 {"window", &k->window}, {"sinks", &k->sinks}, {"block", &k->block}, {"stride", &k->stride},
                 {"block_tokens", &k->block_tokens}, {"pattern_from", &k->pattern_from}, {"splits", &k->splits}, {"key_tile", &k->key_tile},
-                {"page_tokens", &k->page_tokens}, {"page_keep", &k->page_keep}, {"page_from", &k->page_from}};
+                {"page_tokens", &k->page_tokens}, {"page_keep", &k->page_keep}, {"page_from", &k->page_from}, {"products", &k->products}};
     // an attribute that is not there keeps its default
     for (auto &attribute : ints) drop(api, integer(api, info, attribute.name, attribute.value));
     drop(api, real(api, info, "scale", &k->scale));

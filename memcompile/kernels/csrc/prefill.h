@@ -25,7 +25,8 @@ struct Prefill {
     int64_t keys_stride, tiles;
     int32_t key_tile, query_tile, query_tiles;
     bool pairs;                 // bfloat16 pairs instead of float
-    bool in_tiles;              // and those in the tiles of AMX
+    bool in_place;              // keys are such pairs as they are stored
+    bool in_tiles;              // pairs are multiplied in the tiles of AMX
     // besides the blocks: single keys [B,H,most_columns], [B,H]; or null
     const int32_t *columns, *column_count;
     int64_t most_columns;
@@ -100,12 +101,30 @@ static void rows_of(const float *o, int t, int64_t D, float *rows) {
 }
 
 #if defined(MC_PAIRS)
-// value rows [n][D] in bfloat16 -> [ceil(n/2)][D] of pairs (row 2i, row 2i+1); a missing row is zero
-static inline void pair_values(const uint16_t *rows, int64_t stride, int n, int64_t D, uint32_t *y) {
+static inline Vi pairs_of(const float *low, const float *high) {
+    return pair_of(load(low), high ? load(high) : (Vf){});
+}
+static inline Vi pairs_of(const uint16_t *low, const uint16_t *high) {
+    return ((Vi)widen_bf16(low) >> 16 & 0xffff) | (high ? (Vi)widen_bf16(high) : (Vi){});
+}
+
+// value rows [n][D] of floats or bfloat16 -> [ceil(n/2)][D] of pairs (row 2i, row 2i+1); a missing row is zero
+template <class X> static void pair_values(const X *rows, int64_t stride, int n, int64_t D, uint32_t *y) {
     for (int i = 0; i < n; i += 2) {
-        const uint16_t *a = rows + i * stride, *b = i + 1 < n ? a + stride : nullptr;
+        const X *a = rows + i * stride, *b = i + 1 < n ? a + stride : nullptr;
         uint32_t *to = y + i / 2 * D;
-        for (int64_t d = 0; d < D; d++) to[d] = a[d] | (b ? (uint32_t)b[d] << 16 : 0);
+        int64_t d = 0;
+        for (; d + LANES <= D; d += LANES) store_int((int32_t *)to + d, pairs_of(a + d, b ? b + d : nullptr));
+        for (; d < D; d++) to[d] = to_bf16(a[d]) | (b ? (uint32_t)to_bf16(b[d]) << 16 : 0);
+    }
+}
+
+// Rows [n][D] of keys as bfloat16; `row` has room for one of floats.
+static void round_keys(const McAttention &c, int64_t at, int n, float *row, uint16_t *y) {
+    for (int i = 0; i < n; i++) {
+        const float *from = c.kv_type == MC_F32 ? (const float *)c.k.data + at + i * c.k.token : row;
+        if (from == row) widen_row(c.kv_type, c.k.data, at + i * c.k.token, c.D, row);
+        narrow_row(MC_BF16, from, c.D, y, i * c.D);
     }
 }
 
@@ -120,16 +139,15 @@ static void score_pairs(const Prefill &p, const uint32_t *k, int64_t k_row, cons
 #endif
 }
 
-// o [D][64] += values [n][D] * probabilities s [n][64]; the pairs of either side go to v_pairs and s_pairs.
-static void add_pairs(const Prefill &p, const uint16_t *v, int64_t v_row, int n, uint32_t *v_pairs, float *s,
-                      uint32_t *s_pairs, float *o, int columns) {
+// o [D][64] += values [n][D] * pairs of probabilities [n/2][64]; the pairs of the values go to v_pairs.
+template <class X>
+static void add_pairs(const Prefill &p, const X *v, int64_t v_row, int n, uint32_t *v_pairs, uint32_t *s_pairs,
+                      float *o, int columns) {
     int64_t D = p.c->D, rows = (n + 1) / 2 * 2;
 #if defined(MC_AMX)
     if (p.in_tiles) rows = 2 * tile_pairs(n);
-#endif
-    for (int64_t i = n * QUERIES; i < rows * QUERIES; i++) s[i] = 0;
-    pair_rows(s, rows, s_pairs);
-#if defined(MC_AMX)
+    // softmax has written the pairs of n rows
+    for (int64_t i = (n + 1) / 2 * QUERIES; i < rows / 2 * QUERIES; i++) s_pairs[i] = 0;
     if (p.in_tiles) {
         transpose_values(v, v_row, n, D, v_pairs);
         return tile_product(v_pairs, rows / 2, s_pairs, D, rows / 2, o, columns, true);
@@ -162,17 +180,28 @@ static inline void softcap(float *s, int n, int columns, float scale, float cap)
         }
 }
 
-// s [n][64] scores -> probabilities against the running maximum; gives what earlier sums shrink by.
-static void softmax(float *s, int n, int columns, float to_log2, float *m, float *l, float *shrink) {
+// s [n][64] scores -> probabilities against the running maximum, each row times its factor where there are any;
+// gives what earlier sums shrink by. As pairs of bfloat16, where `pairs` is given, a missing row being zero.
+static void softmax(float *s, int n, int columns, float to_log2, float *m, float *l, float *shrink,
+                    const float *factors = nullptr, uint32_t *pairs = nullptr) {
     for (int v = 0; v < columns; v += LANES) {
         Vf top = load(s + v);
         for (int j = 1; j < n; j++) top = larger(top, load(s + j * QUERIES + v));
         Vf old = load(m + v), now = larger(old, top * to_log2);
         Vf sum = {};
-        for (int j = 0; j < n; j++) {
+#if defined(MC_PAIRS)
+        for (int j = 0; pairs && j < n; j += 2) {
+            Vf low = exp2_rough(load(s + j * QUERIES + v) * to_log2 - now), high = {};
+            if (j + 1 < n) high = exp2_rough(load(s + (j + 1) * QUERIES + v) * to_log2 - now);
+            sum += low + high;
+            if (factors) low *= factors[j], high *= j + 1 < n ? factors[j + 1] : 0.0f;
+            store_int((int32_t *)pairs + j / 2 * QUERIES + v, pair_of(low, high));
+        }
+#endif
+        for (int j = 0; !pairs && j < n; j++) {
             float *x = s + j * QUERIES + v;
             Vf y = exp2v(load(x) * to_log2 - now);
-            store(x, y);
+            store(x, factors ? y * factors[j] : y);
             sum += y;
         }
         Vf less = exp2v(old - now);
@@ -190,6 +219,13 @@ static void shrink_rows(float *o, int64_t rows, int columns, const float *by) {
         if (same) continue;
         for (int64_t r = 0; r < rows; r++) store(o + r * QUERIES + v, load(o + r * QUERIES + v) * f);
     }
+}
+
+// Zeros for the values of empty slots, which may hold anything, NaN included.
+static void clear_empty(const Interval *keys, int n, int64_t D, float *rows) {
+    for (int i = 0; i < n; i++)
+        if (keys[i].low > keys[i].high)
+            for (int64_t d = 0; d < D; d++) rows[i * D + d] = 0;
 }
 
 static bool chosen(const McAttention &c, const uint8_t *row, int64_t t0, int nq, int64_t s0, int n) {
@@ -231,10 +267,13 @@ static void prefill_task(void *data, size_t index) {
     int32_t *at = scratch.take<int32_t>(QUERIES);
     const float *ks = c.k_scale ? c.k_scale + g * D : nullptr;
     load_queries(c, b, h, t0, nq, x, ks, k_tile);
+    uint32_t *p_pairs = nullptr;
 #if defined(MC_PAIRS)
     uint32_t *x_pairs = scratch.take<uint32_t>(D / 2 * QUERIES);
-    uint32_t *p_pairs = scratch.take<uint32_t>(MAX_TILE / 2 * QUERIES);
-    if (p.pairs) pair_rows(x, D, x_pairs);
+    if (p.pairs) {
+        p_pairs = scratch.take<uint32_t>(MAX_TILE / 2 * QUERIES);
+        pair_rows(x, D, x_pairs);
+    }
 #endif
     for (int i = 0; i < QUERIES; i++) m[i] = NOTHING, l[i] = 0;
     for (int64_t i = 0; i < D * QUERIES; i++) o[i] = 0;
@@ -265,8 +304,13 @@ static void prefill_task(void *data, size_t index) {
         bool whole = view.all_from <= q_from && view.all_to >= q_to;
 #if defined(MC_PAIRS)
         if (p.pairs) {
-            score_pairs(p, (const uint32_t *)((const uint16_t *)c.k.data + k_at), c.k.token / 2, x_pairs, n, s,
-                        columns);
+            const uint16_t *k = (const uint16_t *)c.k.data + k_at;
+            int64_t k_step = c.k.token;
+            if (!p.in_place) {
+                round_keys(c, k_at, n, v_tile, (uint16_t *)k_tile);
+                k = (const uint16_t *)k_tile, k_step = D;
+            }
+            score_pairs(p, (const uint32_t *)k, k_step / 2, x_pairs, n, s, columns);
         } else
 #endif
         {
@@ -281,36 +325,30 @@ static void prefill_task(void *data, size_t index) {
         if (c.k_token_scale) scale_rows(s, n, columns, c.k_token_scale + (b * G + g) * c.S + s0);
         if (c.softcap > 0) softcap(s, n, columns, c.scale, c.softcap);
         if (!whole) hide(s, n, columns, keys + s0, at);
-        softmax(s, n, columns, to_log2, m, l, shrink);
+        const float *factors = c.v_token_scale ? c.v_token_scale + (b * G + g) * c.S + s0 : nullptr;
+        softmax(s, n, columns, to_log2, m, l, shrink, factors, p_pairs);
         shrink_rows(o, D, columns, shrink);
-        if (c.v_token_scale) scale_rows(s, n, columns, c.v_token_scale + (b * G + g) * c.S + s0);
+        int64_t v_step = c.v.token;
+#if defined(MC_PAIRS)
+        if (p.pairs && c.kv_type == MC_BF16 && !view.has_empty) {
+            add_pairs(p, (const uint16_t *)c.v.data + v_at, v_step, n, (uint32_t *)v_tile, p_pairs, o, columns);
+            continue;
+        }
+#endif
+        const float *v = (const float *)c.v.data + v_at;
+        if (c.kv_type != MC_F32 || view.has_empty) {
+            // the keys' tile is read no more
+            widen_rows(c.kv_type, c.v.data, v_at, v_step, n, D, k_tile);
+            clear_empty(keys + s0, n, D, k_tile);
+            v = k_tile, v_step = D;
+        }
 #if defined(MC_PAIRS)
         if (p.pairs) {
-            uint16_t *v = (uint16_t *)c.v.data + v_at;
-            uint16_t *safe = (uint16_t *)k_tile;
-            int64_t step = c.v.token;
-            if (view.has_empty) {
-                for (int i = 0; i < n; i++)
-                    for (int64_t d = 0; d < D; d++)
-                        safe[i * D + d] = keys[s0 + i].low > keys[s0 + i].high ? 0 : v[i * step + d];
-                v = safe, step = D;
-            }
-            add_pairs(p, v, step, n, (uint32_t *)v_tile, s, p_pairs, o, columns);
-        } else
-#endif
-        {
-            int64_t v_step = c.v.token;
-            const float *v = (const float *)c.v.data + v_at;
-            if (c.kv_type != MC_F32 || view.has_empty) {
-                widen_rows(c.kv_type, c.v.data, v_at, c.v.token, n, D, v_tile);
-                // an empty slot may hold anything, NaN included
-                for (int i = 0; i < n; i++)
-                    if (keys[s0 + i].low > keys[s0 + i].high)
-                        for (int64_t d = 0; d < D; d++) v_tile[i * D + d] = 0;
-                v = v_tile, v_step = D;
-            }
-            product<float>(v, 1, v_step, s, D, n, o, columns, true);
+            add_pairs(p, v, v_step, n, (uint32_t *)v_tile, p_pairs, o, columns);
+            continue;
         }
+#endif
+        product<float>(v, 1, v_step, s, D, n, o, columns, true);
     }
 
 #if defined(MC_AMX)

@@ -57,9 +57,9 @@ static void tile_product(const uint32_t *a, int64_t a_row, const uint32_t *b, in
 
 static inline int64_t tile_pairs(int n) { return (n + 2 * TILE_PAIRS - 1) / (2 * TILE_PAIRS) * TILE_PAIRS; }
 
-// value rows [n][D] in bfloat16 -> [D][tile_pairs(n)] of pairs (row 2i, row 2i+1); missing rows are zero.
+// value rows [n][D] of floats or bfloat16 -> [D][tile_pairs(n)] of pairs (row 2i, row 2i+1); missing rows are zero.
 // D is a multiple of 32.
-static void transpose_values(const uint16_t *rows, int64_t stride, int n, int64_t D, uint32_t *y) {
+template <class X> static void transpose_values(const X *rows, int64_t stride, int n, int64_t D, uint32_t *y) {
     int64_t pairs = tile_pairs(n);
     for (int64_t i = 0; i < pairs; i += LANES)
         for (int64_t d = 0; d < D; d += LANES) {
@@ -68,8 +68,8 @@ static void transpose_values(const uint16_t *rows, int64_t stride, int n, int64_
                 int64_t low = 2 * (i + j), high = low + 1;
                 uint32_t row[LANES];
                 for (int x = 0; x < LANES; x++)
-                    row[x] = (low < n ? rows[low * stride + d + x] : 0) |
-                             (high < n ? (uint32_t)rows[high * stride + d + x] << 16 : 0);
+                    row[x] = (low < n ? to_bf16(rows[low * stride + d + x]) : 0) |
+                             (high < n ? (uint32_t)to_bf16(rows[high * stride + d + x]) << 16 : 0);
                 block[j] = load((const float *)row);
             }
             transpose(block);

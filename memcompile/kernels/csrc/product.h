@@ -33,19 +33,9 @@ template <> struct Multiply<uint32_t> {
 // x [2n][64] float -> y [n][64] of pairs (x[2i], x[2i+1]) in bfloat16
 static void pair_rows(const float *x, int64_t rows, uint32_t *y) {
     for (int64_t i = 0; i < rows / 2; i++)
-#if defined(__AVX512BF16__)
-        for (int v = 0; v < QUERIES; v += LANES) {
-            __m512i low = _mm512_cvtepu16_epi32(
-                (__m256i)_mm512_cvtneps_pbh((__m512)load(x + 2 * i * QUERIES + v)));
-            __m512i high = _mm512_cvtepu16_epi32(
-                (__m256i)_mm512_cvtneps_pbh((__m512)load(x + (2 * i + 1) * QUERIES + v)));
-            _mm512_storeu_si512(y + i * QUERIES + v, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-        }
-#else
-        for (int v = 0; v < QUERIES; v++)
-            y[i * QUERIES + v] = to_bf16(x[2 * i * QUERIES + v]) |
-                                 (uint32_t)to_bf16(x[(2 * i + 1) * QUERIES + v]) << 16;
-#endif
+        for (int v = 0; v < QUERIES; v += LANES)
+            store_int((int32_t *)y + i * QUERIES + v,
+                      pair_of(load(x + 2 * i * QUERIES + v), load(x + (2 * i + 1) * QUERIES + v)));
 }
 #endif
 

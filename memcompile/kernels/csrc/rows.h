@@ -39,8 +39,14 @@ static void widen_rows(int32_t type, const void *data, int64_t at, int64_t step,
 static void narrow_row(int32_t type, const float *x, int64_t D, void *data, int64_t at) {
     if (type == MC_F32)
         for (int64_t d = 0; d < D; d++) ((float *)data)[at + d] = x[d];
-    else if (type == MC_BF16)
-        for (int64_t d = 0; d < D; d++) ((uint16_t *)data)[at + d] = to_bf16(x[d]);
+    else if (type == MC_BF16) {
+        int64_t d = 0;
+        uint16_t *y = (uint16_t *)data + at;
+#if defined(__AVX512BF16__)
+        for (; d + LANES <= D; d += LANES) _mm256_storeu_si256((__m256i *)(y + d), (__m256i)_mm512_cvtneps_pbh((__m512)load(x + d)));
+#endif
+        for (; d < D; d++) y[d] = to_bf16(x[d]);
+    }
     else
         for (int64_t d = 0; d < D; d++) ((uint16_t *)data)[at + d] = to_f16(x[d]);
 }

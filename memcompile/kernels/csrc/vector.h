@@ -20,6 +20,7 @@ typedef int32_t ViLoose __attribute__((vector_size(LANES * 4), aligned(4), may_a
 static inline Vf load(const float *p) { return *(const VfLoose *)p; }
 static inline void store(float *p, Vf x) { *(VfLoose *)p = x; }
 static inline Vi load_int(const int32_t *p) { return *(const ViLoose *)p; }
+static inline void store_int(int32_t *p, Vi x) { *(ViLoose *)p = x; }
 static inline Vf all(float x) { return x - (Vf){}; }
 static inline Vi all_int(int32_t x) { return x - (Vi){}; }
 static inline Vf larger(Vf a, Vf b) { return a > b ? a : b; }
@@ -35,21 +36,44 @@ static inline float max_of(Vf x) {
     return m;
 }
 
-// 2**x to 2e-7 for x in [-125, 126]; 0 below.
-static inline Vf exp2v(Vf x) {
+// x less the nearest whole number, at most a half either side of zero
+static inline Vf fraction_of(Vf x) {
+#if defined(__AVX512DQ__)
+    return (Vf)_mm512_reduce_ps((__m512)x, 0);
+#else
     const Vf magic = all(12582912.0f);
-    Vf t = x + magic;
-    Vf f = x - (t - magic);
-    Vf p = all(1.5403530e-4f);
+    return x - ((x + magic) - magic);
+#endif
+}
+// y * 2**(x - f) where x - f is whole
+static inline Vf times_power(Vf y, Vf x, Vf f) {
+#if defined(__AVX512F__)
+    return (Vf)_mm512_scalef_ps((__m512)y, (__m512)(x - f));
+#else
+    // the low bits of the sum are the whole number
+    Vi power = (Vi)(x - f + all(12582912.0f)) << 23;
+    return x < -125.0f ? (Vf){} : (Vf)((Vi)y + power);
+#endif
+}
+
+// 2**x to 2e-7 for x up to 126; -inf gives 0.
+static inline Vf exp2v(Vf x) {
+    Vf f = fraction_of(x), p = all(1.5403530e-4f);
     p = p * f + 1.3333558e-3f;
     p = p * f + 9.6181291e-3f;
     p = p * f + 5.5504109e-2f;
     p = p * f + 2.4022651e-1f;
     p = p * f + 6.9314718e-1f;
     p = p * f + 1.0f;
-    // the low bits of t are the whole part of x
-    Vf y = (Vf)((Vi)p + ((Vi)t << 23));
-    return x < -125.0f ? (Vf){} : y;
+    return times_power(p, x, f);
+}
+// The same to 8e-5, for what is rounded to bfloat16.
+static inline Vf exp2_rough(Vf x) {
+    Vf f = fraction_of(x), p = all(5.5171664e-2f);
+    p = p * f + 2.4261114e-1f;
+    p = p * f + 6.9326099e-1f;
+    p = p * f + 9.9992807e-1f;
+    return times_power(p, x, f);
 }
 
 // tanh through exp; |error| < 1e-6
@@ -70,8 +94,24 @@ static inline uint16_t to_bf16(float f) {
     if ((x.u & 0x7fffffff) > 0x7f800000) return (uint16_t)((x.u >> 16) | 0x40);
     return (uint16_t)((x.u + 0x7fff + ((x.u >> 16) & 1)) >> 16);
 }
+static inline uint16_t to_bf16(uint16_t stored) { return stored; }
 static inline uint16_t to_f16(float f) { return (uint16_t)_cvtss_sh(f, 0); }
 static inline float from_f16(uint16_t h) { return _cvtsh_ss(h); }
+
+#if defined(__AVX512BF16__)
+// Lane i of the result is the pair (low[i], high[i]) in bfloat16.
+static inline Vi pair_of(Vf low, Vf high) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return (Vi)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+}
+#elif defined(MC_AMX)
+static inline Vi pair_of(Vf low, Vf high) {
+    Vi y;
+    for (int i = 0; i < LANES; i++) y[i] = (int32_t)(to_bf16(low[i]) | (uint32_t)to_bf16(high[i]) << 16);
+    return y;
+}
+#endif
 
 // LANES values of a cache row, as float. MC_I4 comes as the even channels of 2*LANES, then the odd ones.
 static inline Vf widen_bf16(const uint16_t *p) {
