@@ -129,6 +129,35 @@ def test_codes_are_read_as_what_they_stand_for(library: KernelLibrary, tokens: i
         close(out, expected, 1e-5)
 
 
+@pytest.mark.parametrize("tokens", [1, 65, 200])
+def test_products_in_bfloat16_over_any_storage(library: KernelLibrary, tokens: int) -> None:
+    for width in (32, 48, 64):
+        q, k, v = make(tokens, 200, width=width)
+        positions = torch.arange(200).unsqueeze(0).repeat(2, 1)
+        positions[0, 70:90] = -1
+        scale = torch.rand(2 * width) * 0.2 + 0.02
+        codes = [quantize(x, scale, 8) for x in (k, v)]
+        token_scales = [torch.rand(2, 2, 200) + 0.5 for _ in range(2)]
+        meant = [
+            dequantize(c, scale.double(), 8, width) * s[..., None]
+            for c, s in zip(codes, token_scales, strict=True)
+        ]
+        for keys, values, expected, extra in (
+            (k, v, definition(q, k, v, positions=positions, window=90, sinks=3), {}),
+            (
+                *codes,
+                definition(q, *meant, positions=positions, window=90, sinks=3),
+                dict(zip(("k_scale", "v_scale", "k_token_scale", "v_token_scale"), (scale, scale, *token_scales), strict=True)),
+            ),
+        ):  # fmt: skip
+            for key_tile in (0, 16):
+                out = run(
+                    q, keys, values, positions=positions, window=90, sinks=3,
+                    products="bfloat16", key_tile=key_tile, **extra,
+                )  # fmt: skip
+                close(out, expected, TOLERANCE[torch.bfloat16])
+
+
 @pytest.mark.parametrize("tokens", [1, 65])
 def test_scales_may_belong_to_tokens(library: KernelLibrary, tokens: int) -> None:
     q, k, v = make(tokens, 200)

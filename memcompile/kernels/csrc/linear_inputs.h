@@ -2,14 +2,15 @@
 // come out of a chunk, as floats, pairs of bfloat16, or int8 codes.
 #pragma once
 #include "linear.h"
+#include "rows.h"
 #include "scratch.h"
 #include "vector.h"
 
 namespace MC_ISA {
 
-// Weights that one vector of bytes holds. Of a chunk of 4-bit codes the even ones (the low halves of the bytes)
-// come first, then the odd ones; all others keep their order.
-static inline int64_t chunk_of(int32_t weight_type) { return weight_type == MC_I4 ? LANES * 8 : LANES * 4; }
+// Weights of a row that are unpacked together; of codes, those that one vector of bytes holds. Of a chunk of 4-bit
+// codes the even ones (the low halves of the bytes) come first, then the odd ones; all others keep their order.
+static inline int64_t chunk_of(int32_t weight_type) { return weight_type == MC_I8 ? LANES * 4 : LANES * 8; }
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -38,25 +39,31 @@ template <class X> static void put_chunk(const X *x, int64_t count, int64_t chun
     if (count % 2) y[count / 2] = x[count - 1];
 }
 
-// Each block of a row in 127 steps either side of zero, in the order of K.
+// Each block of a row in 127 steps either side of zero, in the order of K; LANES blocks at a time.
 static void round_row(const Inputs &in, int64_t m, const float *x, int8_t *rounded) {
-    const McLinear &l = *in.l;
-    for (int64_t b = 0; b < in.blocks; b++) {
-        int64_t from = b * l.block, to = from + l.block < l.K ? from + l.block : l.K;
-        float largest = 0;
-        for (int64_t k = from; k < to; k++) {
-            float size = __builtin_fabsf(x[k]);
-            largest = size > largest ? size : largest;
+    int64_t block = in.l->block, K = in.l->K;
+    for (int64_t b = 0; b < in.blocks; b += LANES) {
+        int64_t count = in.blocks - b < LANES ? in.blocks - b : LANES;
+        Vf part[LANES] = {};
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t k = (b + i) * block; k < K && k < (b + i + 1) * block; k += LANES)
+                part[i] = larger((Vf)((Vi)load_some(x + k, K - k) & 0x7fffffff), part[i]);
+        Vf largest = joined(part, larger), step = largest / 127.0f, by = largest > 0.0f ? 127.0f / largest : (Vf){};
+        for (int64_t i = 0; i < count; i++) {
+            Vi sum = {};
+            // zeros behind the last value fill up its chunk
+            for (int64_t k = (b + i) * block; k < K && k < (b + i + 1) * block; k += LANES) {
+                Vi codes = to_ints(load_some(x + k, K - k) * by[i]);
+                store_bytes(rounded + k, codes);
+                sum += codes;
+            }
+            part[i] = to_floats(sum);
         }
-        float by = largest > 0 ? 127.0f / largest : 0.0f;
-        int32_t sum = 0;
-        for (int64_t k = from; k < to; k++) {
-            int32_t code = (int32_t)__builtin_rintf(x[k] * by);
-            rounded[k] = (int8_t)code;
-            sum += code;
+        Vf total = step * sums(part);
+        for (int64_t i = 0; i < count; i++) {
+            in.scales[m * in.blocks + b + i] = step[i];
+            in.sums[m * in.blocks + b + i] = total[i];
         }
-        in.scales[m * in.blocks + b] = largest / 127.0f;
-        in.sums[m * in.blocks + b] = largest / 127.0f * (float)sum;
     }
 }
 
@@ -103,9 +110,7 @@ static void arrange_task(void *data, size_t index) {
     for (int64_t k = 0; k < in.steps; k += in.chunk)
         put_chunk(x + k, K - k, in.chunk, halves, row + k);
     if (in.sums) sum_blocks(in, m, x);
-    if (in.pairs)
-        for (int64_t i = 0; i < in.steps / 2; i++)
-            in.pairs[m * in.steps / 2 + i] = to_bf16(row[2 * i]) | (uint32_t)to_bf16(row[2 * i + 1]) << 16;
+    if (in.pairs) narrow_row(MC_BF16, row, in.steps, in.pairs, m * in.steps);
 }
 
 }  // namespace MC_ISA

@@ -9,6 +9,7 @@ namespace MC_ISA {
 
 constexpr int64_t PANEL = QUERIES;
 constexpr int64_t MOST_TOGETHER = 256;  // rows of x that share an unpacked panel
+constexpr int64_t CODES_TOGETHER = 256;  // codes of a row in a panel; whole chunks and blocks
 
 struct Many {
     const Inputs *in;
@@ -79,6 +80,21 @@ static void unpack_plain(const Inputs &in, int64_t n0, int64_t k, float *y) {
         }
 }
 
+#if defined(__AVX512BF16__)
+// Stored bfloat16 as the pairs that they are: y [steps/2][PANEL]; what lies behind the end is zero.
+static void unpack_pairs(const McLinear &l, int64_t n0, int64_t k, int64_t steps, uint32_t *y) {
+    for (int64_t at = 0; at < steps; at += 2 * LANES)
+        for (int64_t n = 0; n < PANEL; n += LANES) {
+            Vf part[LANES];
+            for (int i = 0; i < LANES; i++) {
+                int64_t left = n0 + n + i < l.N ? 2 * (l.K - k - at) : 0;
+                part[i] = (Vf)load_bytes((const uint16_t *)l.weight + (n0 + n + i) * l.K + k + at, left < 0 ? 0 : left);
+            }
+            put_columns(part, (float *)y + at / 2 * PANEL + n);
+        }
+}
+#endif
+
 // Scales and what is added to scale * code of rows n0..: [blocks][PANEL] each.
 static void unpack_blocks(const Inputs &in, int64_t n0, float *scales, float *shifts) {
     const McLinear &l = *in.l;
@@ -96,20 +112,22 @@ static void unpack_blocks(const Inputs &in, int64_t n0, float *scales, float *sh
         }
 }
 
-// R rows of x from m on times a chunk of unpacked codes, 2*LANES columns: c += ...
+// R rows of x from m on times unpacked codes, those of inputs `k` to `end`, 2*LANES columns: c += ...
 template <int R>
-static inline void codes_tile(const Inputs &in, int64_t m, int64_t k, const int32_t *codes, const float *scales, float *c) {
+static inline void codes_tile(const Inputs &in, int64_t m, int64_t k, int64_t end, const int32_t *codes,
+                              const float *scales, float *c) {
     const McLinear &l = *in.l;
     bool halves = l.weight_type == MC_I4;
     int64_t together = l.block < in.chunk ? l.block : in.chunk;
-    int64_t quads = together / (halves ? 8 : 4), end = in.blocks * l.block;
+    int64_t quads = together / (halves ? 8 : 4);
     Vf sum[R][2];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < 2; v++) sum[r][v] = load(c + r * PANEL + v * LANES);
-    for (int64_t at = 0; at < in.chunk && k + at < end; at += together) {
+    for (int64_t at = 0; k + at < end; at += together) {
         Vi dot[R][2] = {};
         for (int64_t half = 0; half <= halves; half++) {
-            int64_t from = half * LANES + (halves ? at / 8 : at / 4);
+            int64_t chunk = at / in.chunk * in.chunk, in_chunk = at - chunk;
+            int64_t from = chunk / 4 + half * LANES + in_chunk / (halves ? 8 : 4);
             const int32_t *x = (const int32_t *)(in.codes + m * in.steps + k) + from;
             const int32_t *w = codes + from * PANEL;
             for (int64_t q = 0; q < quads; q++) {
@@ -135,18 +153,23 @@ static inline void codes_tile(const Inputs &in, int64_t m, int64_t k, const int3
         for (int v = 0; v < 2; v++) store(c + r * PANEL + v * LANES, sum[r][v]);
 }
 
-static void codes_product(const Inputs &in, int64_t m0, int64_t rows, int64_t k, const int32_t *codes,
+static void codes_product(const Inputs &in, int64_t m0, int64_t rows, int64_t k, int64_t end, const int32_t *codes,
                           const float *scales, float *c) {
     constexpr int R = REGISTERS == 32 ? 6 : 2;
     for (int64_t v = 0; v < PANEL; v += 2 * LANES) {
         int64_t m = 0;
-        for (; m + R <= rows; m += R) codes_tile<R>(in, m0 + m, k, codes + v, scales + v, c + m * PANEL + v);
-        for (; m < rows; m++) codes_tile<1>(in, m0 + m, k, codes + v, scales + v, c + m * PANEL + v);
+        for (; m + R <= rows; m += R) codes_tile<R>(in, m0 + m, k, end, codes + v, scales + v, c + m * PANEL + v);
+        for (; m < rows; m++) codes_tile<1>(in, m0 + m, k, end, codes + v, scales + v, c + m * PANEL + v);
     }
 }
 
+// Vectors of PANEL numbers that a panel holds: floats of a chunk, or four codes each.
+static inline int64_t panel_rows(const Inputs &in) {
+    return in.chunk < CODES_TOGETHER / 4 ? CODES_TOGETHER / 4 : in.chunk;
+}
+
 static size_t many_bytes(const Inputs &in, int64_t together) {
-    return 4 * (size_t)(PANEL * (in.chunk * 2 + together + 2 * in.blocks)) + 4096;
+    return 4 * (size_t)(PANEL * (panel_rows(in) * 2 + together + 2 * in.blocks)) + 4096;
 }
 
 static void many_task(void *data, size_t index) {
@@ -160,16 +183,18 @@ static void many_task(void *data, size_t index) {
         __atomic_store_n(&in.no_memory, true, __ATOMIC_RELAXED);
         return;
     }
-    float *c = scratch.take<float>((size_t)(p.together * PANEL)), *panel = scratch.take<float>((size_t)(in.chunk * PANEL));
+    float *c = scratch.take<float>((size_t)(p.together * PANEL)), *panel = scratch.take<float>((size_t)(panel_rows(in) * PANEL));
     float *scales = scratch.take<float>((size_t)(in.blocks * PANEL)), *shifts = scratch.take<float>((size_t)(in.blocks * PANEL));
     if (coded) unpack_blocks(in, n0, scales, shifts);
     int64_t end = coded ? in.blocks * l.block : l.K;
     if (in.codes) {
         product<float>(in.sums + m0 * in.blocks, in.blocks, 1, shifts, rows, in.blocks, c, PANEL, false);
         int64_t bytes = halves ? end / 2 : end;
-        for (int64_t k = 0; k < end; k += in.chunk) {
-            unpack_codes(in, n0, halves ? k / 2 : k, bytes, (int32_t *)panel);
-            codes_product(in, m0, rows, k, (const int32_t *)panel, scales, c);
+        for (int64_t k = 0; k < end; k += CODES_TOGETHER) {
+            int64_t to = k + CODES_TOGETHER < end ? k + CODES_TOGETHER : end;
+            for (int64_t at = k; at < to; at += in.chunk)
+                unpack_codes(in, n0, halves ? at / 2 : at, bytes, (int32_t *)panel + (at - k) / 4 * PANEL);
+            codes_product(in, m0, rows, k, to, (const int32_t *)panel, scales, c);
         }
     } else {
 #if defined(__AVX512BF16__)
@@ -177,6 +202,13 @@ static void many_task(void *data, size_t index) {
 #endif
         for (int64_t k = 0; k < end; k += in.chunk) {
             int64_t left = end - k < in.chunk ? end - k : in.chunk;
+#if defined(__AVX512BF16__)
+            if (in.pairs && l.weight_type == MC_BF16) {
+                unpack_pairs(l, n0, k, left, pairs);
+                product<uint32_t>(in.pairs + (m0 * in.steps + k) / 2, in.steps / 2, 1, pairs, rows, (left + 1) / 2, c, PANEL, k);
+                continue;
+            }
+#endif
             if (coded) unpack_floats(in, n0, k, scales, shifts, panel);
             else unpack_plain(in, n0, k, panel);
             int64_t parts = halves ? 2 : 1, steps = left / parts;
@@ -196,10 +228,16 @@ static void many_task(void *data, size_t index) {
             }
         }
     }
+    float bias[PANEL] = {};
     int64_t columns = l.N - n0 < PANEL ? l.N - n0 : PANEL;
-    for (int64_t m = 0; m < rows; m++)
-        for (int64_t n = 0; n < columns; n++)
-            l.out[(m0 + m) * l.N + n0 + n] = c[m * PANEL + n] + (l.bias ? l.bias[n0 + n] : 0.0f);
+    for (int64_t n = 0; l.bias && n < columns; n++) bias[n] = l.bias[n0 + n];
+    for (int64_t m = 0; m < rows; m++) {
+        float *y = l.out + (m0 + m) * l.N + n0;
+        const float *from = c + m * PANEL;
+        int64_t n = 0;
+        for (; n + LANES <= columns; n += LANES) store(y + n, load(from + n) + load(bias + n));
+        for (; n < columns; n++) y[n] = from[n] + bias[n];
+    }
 }
 
 }  // namespace MC_ISA

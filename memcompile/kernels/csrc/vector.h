@@ -163,6 +163,20 @@ static inline Vi load_bytes(const void *p, int64_t n) {
     return y;
 #endif
 }
+// to the nearest
+static inline Vi to_ints(Vf x) {
+#if defined(__AVX512F__)
+    return (Vi)_mm512_cvtps_epi32((__m512)x);
+#else
+    return (Vi)_mm256_cvtps_epi32((__m256)x);
+#endif
+}
+// LANES numbers as bytes, their low ones
+static inline void store_bytes(int8_t *p, Vi x) {
+    typedef int8_t Vb __attribute__((vector_size(LANES)));
+    Vb y = __builtin_convertvector(x, Vb);
+    __builtin_memcpy(p, &y, LANES);
+}
 static inline Vf to_floats(Vi x) { return __builtin_convertvector(x, Vf); }
 // Lane i of the result is lane from[i] of x.
 static inline Vf permute(Vf x, Vi from) {
@@ -213,15 +227,18 @@ static inline void transpose(Vf (&x)[LANES]) {
     }
 }
 
-// Lane i of the result is the sum of the lanes of x[i].
-static inline Vf sums(Vf (&x)[LANES]) {
+// Lane i of the result joins the lanes of x[i].
+template <class F> static inline Vf joined(Vf (&x)[LANES], F join) {
     for (int n = LANES / 2; n >= 1; n /= 2)
         for (int i = 0; i < n; i++) {
             Vf low, high;
             interleave(x[i], x[i + n], low, high);
-            x[i] = low + high;
+            x[i] = join(low, high);
         }
     return x[0];
+}
+static inline Vf sums(Vf (&x)[LANES]) {
+    return joined(x, [](Vf a, Vf b) { return a + b; });
 }
 
 }  // namespace MC_ISA
