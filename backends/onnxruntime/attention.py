@@ -14,6 +14,7 @@ from memcompile.backends.onnxruntime.emitter import Emitter, emit, lowers
 from memcompile.backends.onnxruntime.finish import ATTENTION, MEASURED, PAGE_BOUNDS
 from memcompile.backends.onnxruntime.layout import pack_heads, remember_output
 from memcompile.dialect import visible_keys
+from memcompile.kernels import TYPES
 from memcompile.regions import argument
 
 # GroupQueryAttention refuses other head widths; heads are padded with zeros, which changes no score
@@ -53,6 +54,7 @@ def lower_attention(emitter: Emitter, node: fx.Node) -> tuple[torch.Tensor, ...]
         "block_tokens": int(facts["pattern_block"]),
         "pattern_from": int(facts["pattern_from"]),
         "masked": int(facts["mask"] is not None),
+        "products": TYPES[emitter.products],
         **{name: int(facts[name]) for name in ("page_tokens", "page_keep", "page_from")},
         **{name: int(bool(node.meta.get(name))) for name in MEASURED},
         **{name: int(facts[name]) for name in ("causal", "window", "sinks", "block", "stride")},

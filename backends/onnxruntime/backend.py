@@ -109,8 +109,9 @@ class OnnxRuntimeBackend:
         if device != "cpu":
             return entry, Choices(chunk, {})
         choices = tuned_choices(
-            model, interface.states, interface.groups, self._workload, self._database, chunk
-        )
+            model, interface.states, interface.groups, self._workload, self._database, chunk,
+            products_of(program),
+        )  # fmt: skip
         switches = measure_switches(model, self._workload, self._database)
         choices = replace(choices, decisions=(*choices.decisions, *switches))
         fast = with_choices(model, choices)
@@ -153,17 +154,25 @@ def is_wide(program: Program, device: str) -> bool:
     return not (device == "cuda" and program.model.dtype == "float16")
 
 
+def products_of(program: Program) -> str:
+    """What our kernels may round to what they multiply: the model's own type, where they know it."""
+    return "bfloat16" if program.model.dtype == "bfloat16" else "float32"
+
+
 class _Step(torch.nn.Module):
     """The step graph behind the lowered interface; traced, not run."""
 
-    def __init__(self, graph_module: fx.GraphModule, groups: Sequence[GroupEntry], *, wide: bool) -> None:
+    def __init__(
+        self, graph_module: fx.GraphModule, groups: Sequence[GroupEntry], *, wide: bool, products: str
+    ) -> None:
         super().__init__()
         self.graph_module = graph_module
         self._groups = tuple(groups)
         self._wide = wide
+        self._products = products
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        emitter = Emitter(self.graph_module, wide=self._wide)
+        emitter = Emitter(self.graph_module, wide=self._wide, products=self._products)
         values = list(inputs)
         for offset, group in enumerate(self._groups, start=3):
             if group.input == MASK_INPUT:
@@ -180,7 +189,7 @@ def _step_model(program: Program, interface: StepInterface, device: str) -> ir.M
     graph = inline_higher_order(program.step)
     sizes = step_sizes(interface.groups)
     return to_model(
-        _Step(graph, interface.groups, wide=is_wide(program, device)),
+        _Step(graph, interface.groups, wide=is_wide(program, device), products=products_of(program)),
         interface.inputs,
         interface.outputs,
         [example(entry, sizes) for entry in interface.inputs],

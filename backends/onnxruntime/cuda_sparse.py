@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from memcompile.backends.onnxruntime.cuda_attention import HALF_TYPES
 from memcompile.backends.onnxruntime.finish import (
     LAST_SLOT,
-    MICROSOFT_DOMAIN,
     PAST_K,
     PAST_V,
     SLOTS,
@@ -30,6 +29,7 @@ from memcompile.backends.onnxruntime.finish import (
     V,
     all_inputs,
 )
+from memcompile.backends.onnxruntime.nodes import MICROSOFT
 
 SPARSE_WIDTH: Final = 128
 SPARSE_BLOCK_TOKENS: Final = 64
@@ -73,7 +73,7 @@ def sparse_attention(
     totals = ir.Node("", "Add", [last_slot, one.outputs[0]])
     names = node.attributes
     made = ir.Node(
-        MICROSOFT_DOMAIN,
+        MICROSOFT,
         "SparseAttention",
         [*inputs[: PAST_V + 1], block_rows, block_columns, inputs[SLOTS], totals.outputs[0]],
         [
@@ -159,7 +159,7 @@ def folded(node: ir.Node, operator: str, attributes: Sequence[ir.Attr], arrange:
     assert total is not None
     values.append(total)
     made = ir.Node(
-        MICROSOFT_DOMAIN,
+        MICROSOFT,
         operator,
         arrange(values),
         [

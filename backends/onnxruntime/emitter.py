@@ -47,11 +47,15 @@ class Emitter(DefinitionInterpreter):
 
     `tables` maps the name of a position-table placeholder to a mask whose sum over a row is its count of
     keys, and "position_ids" to the positions of the queries, where the graph has them. `wide` is set where
-    the device computes in float32 only: other float types are cast on the way in.
+    the device computes in float32 only: other float types are cast on the way in. `products` is the type that
+    our kernels may round to what they multiply.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, *, wide: bool = False) -> None:
+    def __init__(
+        self, graph_module: fx.GraphModule, *, wide: bool = False, products: str = "float32"
+    ) -> None:
         super().__init__(graph_module)
+        self.products = products
         self.memo: dict[Any, Any] = {}
         self.tables: dict[str, Any] = {}
         self._wide = wide

@@ -15,11 +15,10 @@ import torch
 from torch import fx
 
 from memcompile.backends.onnxruntime.emitter import OPSET, Emitter, emit, lowers
+from memcompile.backends.onnxruntime.nodes import MEMCOMPILE, MICROSOFT, replace_node
 from memcompile.dialect.ffn import ACTIVATIONS, COUNT_EVERY
 from memcompile.regions import argument
 
-DOMAIN: Final = "memcompile"
-MICROSOFT_DOMAIN: Final = "com.microsoft"
 SPARSE_FFN: Final = "SparseFfn"
 NEURON_COUNTS: Final = "NeuronCounts"
 (X, GATE, UP, DOWN, COUNTS) = range(5)
@@ -35,7 +34,7 @@ def lower_sparse_ffn(emitter: Emitter, node: fx.Node) -> torch.Tensor:
         "activation": ACTIVATIONS.index(argument(node, "activation")),
         "choosing": int(argument(node, "choosing")),
     }
-    return emit(f"{DOMAIN}::{SPARSE_FFN}", inputs, attributes, like=inputs[X], version=1)
+    return emit(f"{MEMCOMPILE}::{SPARSE_FFN}", inputs, attributes, like=inputs[X], version=1)
 
 
 @lowers(torch.ops.memcompile.neuron_counts.default)
@@ -46,16 +45,16 @@ def lower_neuron_counts(emitter: Emitter, node: fx.Node) -> torch.Tensor:
         "token_keep": int(argument(node, "token_keep")),
         "activation": ACTIVATIONS.index(argument(node, "activation")),
     }
-    return emit(f"{DOMAIN}::{NEURON_COUNTS}", [x, gate, past], attributes, like=past, version=1)
+    return emit(f"{MEMCOMPILE}::{NEURON_COUNTS}", [x, gate, past], attributes, like=past, version=1)
 
 
 def whole_layers(graph: ir.Graph) -> None:
     """Write out the traced nodes in operators of the runtime's own, every neuron computed."""
     for node in _traced(graph):
         if node.op_type == NEURON_COUNTS:
-            _replace(graph, node, [ir.Node("", "Identity", [node.inputs[2]])])
+            replace_node(graph, node, ir.Node("", "Identity", [node.inputs[2]]))
         else:
-            _replace(graph, node, _layer(node))
+            replace_node(graph, node, *_layer(node))
 
 
 def kernel_layers(graph: ir.Graph) -> None:
@@ -63,7 +62,7 @@ def kernel_layers(graph: ir.Graph) -> None:
     single: dict[ir.Value, ir.Value] = {}
     for node in _traced(graph):
         if node.op_type == SPARSE_FFN and not node.attributes.get_int("choosing", 0):
-            _replace(graph, node, _layer(node))
+            replace_node(graph, node, *_layer(node))
             continue
         x = node.inputs[X]
         assert x is not None
@@ -71,7 +70,7 @@ def kernel_layers(graph: ir.Graph) -> None:
             single[x] = _is_single(graph, node, x)
         if node.op_type == SPARSE_FFN:
             attributes = [ir.AttrInt64(n, node.attributes.get_int(n)) for n in ("keep", "activation")]
-            alone: list[ir.Node] = [ir.Node(DOMAIN, SPARSE_FFN, node.inputs, attributes)]
+            alone: list[ir.Node] = [ir.Node(MEMCOMPILE, SPARSE_FFN, node.inputs, attributes)]
             together = _layer(node)
         else:
             alone = [ir.Node("", "Identity", [node.inputs[2]])]
@@ -80,21 +79,11 @@ def kernel_layers(graph: ir.Graph) -> None:
             ir.AttrGraph(name, _branch(f"{node.name}_{name}", nodes, node.outputs[0]))
             for name, nodes in (("then_branch", alone), ("else_branch", together))
         ]
-        _replace(graph, node, [ir.Node("", "If", [single[x]], branches)])
+        replace_node(graph, node, ir.Node("", "If", [single[x]], branches))
 
 
 def _traced(graph: ir.Graph) -> list[ir.Node]:
-    return [n for n in graph if n.domain == DOMAIN and n.op_type in (SPARSE_FFN, NEURON_COUNTS)]
-
-
-def _replace(graph: ir.Graph, node: ir.Node, nodes: Sequence[ir.Node]) -> None:
-    """Put `nodes`, of which the last gives what `node` gave, in its place."""
-    for new in nodes:
-        graph.insert_before(node, new)
-    old, made = node.outputs[0], nodes[-1].outputs[0]
-    made.name, made.type, made.shape = old.name, old.type, old.shape
-    old.replace_all_uses_with(made, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+    return [n for n in graph if n.domain == MEMCOMPILE and n.op_type in (SPARSE_FFN, NEURON_COUNTS)]
 
 
 def _branch(name: str, nodes: Sequence[ir.Node], like: ir.Value) -> ir.Graph:
@@ -125,7 +114,7 @@ def _is_single(graph: ir.Graph, before: ir.Node, x: ir.Value) -> ir.Value:
 def _activate(value: ir.Value, activation: int) -> ir.Node:
     name = ACTIVATIONS[activation]
     if name == "silu":
-        return ir.Node(MICROSOFT_DOMAIN, "QuickGelu", [value], [ir.AttrFloat32("alpha", 1.0)])
+        return ir.Node(MICROSOFT, "QuickGelu", [value], [ir.AttrFloat32("alpha", 1.0)])
     if name == "relu":
         return ir.Node("", "Relu", [value])
     approximate = "tanh" if name == "gelu_tanh" else "none"
@@ -133,9 +122,7 @@ def _activate(value: ir.Value, activation: int) -> ir.Node:
 
 
 def _product(x: ir.Value | None, weight: ir.Value | None, *, transposed: bool) -> ir.Node:
-    return ir.Node(
-        MICROSOFT_DOMAIN, "FusedMatMul", [x, weight], [ir.AttrInt64("transB", 1 if transposed else 0)]
-    )
+    return ir.Node(MICROSOFT, "FusedMatMul", [x, weight], [ir.AttrInt64("transB", 1 if transposed else 0)])
 
 
 def _layer(node: ir.Node) -> list[ir.Node]:

@@ -15,12 +15,12 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from memcompile.backends.onnxruntime.ffn import kernel_layers, whole_layers
+from memcompile.backends.onnxruntime.narrow import kernel_linears, look_up_before_cast
+from memcompile.backends.onnxruntime.nodes import MEMCOMPILE, MICROSOFT, replace_node
 from memcompile.backends.onnxruntime.products import kernel_products, runtime_products
 
-DOMAIN: Final = "memcompile"
 ATTENTION: Final = "memcompile::Attention"
 PAGE_BOUNDS: Final = "memcompile::PageBounds"
-MICROSOFT_DOMAIN: Final = "com.microsoft"
 # inputs of the traced node, in order
 (Q, K, V, PAST_K, PAST_V, LAST_SLOT, SLOTS, POSITIONS, K_SCALE, V_SCALE, PATTERN, BIAS, BOUNDS) = range(13)
 # the kernel library's operator for a cache of so many bits
@@ -28,7 +28,7 @@ OPERATORS: Final = {0: "Attention", 8: "AttentionInt8", 4: "AttentionInt4"}
 PAGE_OPERATORS: Final = {0: "PageBounds", 8: "PageBoundsInt8", 4: "PageBoundsInt4"}
 _KERNEL_INTS: Final = (
     "num_heads", "kv_num_heads", "causal", "window", "sinks", "block", "stride", "block_tokens",
-    "pattern_from", "splits", "key_tile", "page_tokens", "page_keep", "page_from",
+    "pattern_from", "splits", "key_tile", "page_tokens", "page_keep", "page_from", "products",
 )  # fmt: skip
 
 # set where the place to begin choosing is to be measured: see tuned.py
@@ -39,16 +39,18 @@ Chooses = Callable[[ir.Node], bool]
 
 def portable(model: ir.Model) -> ir.Model:
     """A copy of the traced model that every ONNX Runtime runs."""
-    return finish(model, group_query_attention, runtime_products, whole_layers)
+    return finish(model, group_query_attention, look_up_before_cast, runtime_products, whole_layers)
 
 
 def with_kernels(model: ir.Model, chooses: Chooses) -> ir.Model:
-    """A copy in which the regions that `chooses` names, and quantised products, run on the kernel library."""
+    """A copy on the kernel library: regions that `chooses` names, and products with narrow weights."""
     return finish(
         model,
         lambda node: _kernel(node) if can_run(node) and chooses(node) else group_query_attention(node),
+        look_up_before_cast,
         kernel_products,
         kernel_layers,
+        kernel_linears,
     )
 
 
@@ -59,13 +61,13 @@ def can_run(node: ir.Node) -> bool:
 
 def attention_nodes(model: ir.Model) -> list[ir.Node]:
     """The traced attention nodes of a model that is not finished."""
-    return [node for node in model.graph if node.domain == DOMAIN and node.op_type == "Attention"]
+    return [node for node in model.graph if node.domain == MEMCOMPILE and node.op_type == "Attention"]
 
 
 def kernels_of(model: ir.Model) -> tuple[str, ...]:
     """The operators of the kernel library that a finished model needs."""
     nodes = ir.traversal.RecursiveGraphIterator(model.graph)
-    return tuple(sorted({node.op_type for node in nodes if node.domain == DOMAIN}))
+    return tuple(sorted({node.op_type for node in nodes if node.domain == MEMCOMPILE}))
 
 
 def finish(
@@ -82,24 +84,21 @@ def finish(
             old.replace_all_uses_with(value, replace_graph_outputs=True)
         made.graph.remove(node, safe=True)
     # whose bounds are read by no kernel are passed on as they are
-    for node in [node for node in made.graph if node.domain == DOMAIN and node.op_type == "PageBounds"]:
+    for node in [node for node in made.graph if node.domain == MEMCOMPILE and node.op_type == "PageBounds"]:
         _finish_bounds(made, node)
     RemoveUnusedNodesPass()(made)
     if not kernels_of(made):
-        made.graph.opset_imports.pop(DOMAIN, None)
+        made.graph.opset_imports.pop(MEMCOMPILE, None)
     return made
 
 
 def _finish_bounds(model: ir.Model, node: ir.Node) -> None:
-    read = any(user.domain == DOMAIN for user, _ in node.outputs[0].uses())
+    read = any(user.domain == MEMCOMPILE for user, _ in node.outputs[0].uses())
     if read:
         node.op_type = PAGE_OPERATORS[node.attributes.get_int("bits", 0)]
         node.attributes.pop("bits")
         return
-    new = ir.Node("", "Identity", [node.inputs[1]], outputs=_outputs(node))
-    model.graph.insert_after(node, new)
-    node.outputs[0].replace_all_uses_with(new.outputs[0], replace_graph_outputs=True)
-    model.graph.remove(node, safe=True)
+    replace_node(model.graph, node, ir.Node("", "Identity", [node.inputs[1]]))
 
 
 def all_inputs(node: ir.Node) -> list[ir.Value | None]:
@@ -116,7 +115,7 @@ def _kernel(node: ir.Node) -> ir.Node:
     attributes: list[ir.Attr] = [ir.AttrInt64(n, names.get_int(n, 0)) for n in _KERNEL_INTS]
     attributes += [ir.AttrFloat32(n, names.get_float(n, 0.0)) for n in ("scale", "softcap")]
     return ir.Node(
-        DOMAIN,
+        MEMCOMPILE,
         OPERATORS[names.get_int("bits", 0)],
         [*all_inputs(node)[:BIAS], all_inputs(node)[BOUNDS]],
         attributes,
@@ -151,5 +150,5 @@ def group_query_attention(node: ir.Node, *, local_window: int = 0) -> ir.Node:
         ]
         taken += [None, inputs[K_SCALE], inputs[V_SCALE]]
     return ir.Node(
-        MICROSOFT_DOMAIN, "GroupQueryAttention", taken, attributes, outputs=_outputs(node), name=node.name
+        MICROSOFT, "GroupQueryAttention", taken, attributes, outputs=_outputs(node), name=node.name
     )

@@ -14,9 +14,8 @@ from onnx_ir.passes.common import (
 )
 
 from memcompile.backends.onnxruntime.external import ExpressionTensor
+from memcompile.backends.onnxruntime.nodes import MICROSOFT
 from memcompile.weights.lazy import Reshape
-
-MICROSOFT_DOMAIN = "com.microsoft"
 
 
 def clean_up(model: ir.Model) -> None:
@@ -29,7 +28,7 @@ def clean_up(model: ir.Model) -> None:
     RemoveUnusedNodesPass()(model)
     ClearMetadataAndDocStringPass()(model)
     forget_shapes(model.graph)
-    model.graph.opset_imports.setdefault(MICROSOFT_DOMAIN, 1)
+    model.graph.opset_imports.setdefault(MICROSOFT, 1)
 
 
 def fuse_skip_norms(graph: ir.Graph) -> int:
@@ -46,7 +45,7 @@ def fuse_skip_norms(graph: ir.Graph) -> int:
         if not all(_same_shape(side, total) for side in sides) or total.meta.get("fused"):
             continue
         joined = ir.Node(
-            MICROSOFT_DOMAIN,
+            MICROSOFT,
             "SkipSimplifiedLayerNormalization",
             [*sides, node.inputs[1]],
             [ir.AttrFloat32("epsilon", node.attributes.get_float("epsilon", 1e-5))],

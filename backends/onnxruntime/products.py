@@ -14,23 +14,22 @@ from typing import Any, Final
 import numpy as np
 import onnx_ir as ir
 
-DOMAIN: Final = "memcompile"
+from memcompile.backends.onnxruntime.nodes import MEMCOMPILE, MICROSOFT, replace_node
+from memcompile.kernels import TYPES
+
 OPERATOR: Final = "QuantizedLinear"
-MICROSOFT_DOMAIN: Final = "com.microsoft"
 # inputs of the traced node, which are also the kernel's
 (X, CODES, SCALES, ZERO_POINTS, OFFSETS, BIAS) = range(6)
 # accuracy_level: what the CPU kernel turns activations into before it multiplies them by codes
 INT8: Final = 4
 FLOAT: Final = 0
-# the kernel library's element types (csrc/host.h) for the same
-_ACTIVATIONS: Final = {FLOAT: 0, INT8: 3}
 # weights of a block that the kernels take
 KERNEL_BLOCKS: Final = (32, 64, 128, 256)
 
 
 def quantized_products(graph: ir.Graph) -> list[ir.Node]:
     """The traced products of a graph that is not finished."""
-    return [node for node in graph if node.domain == DOMAIN and node.op_type == OPERATOR]
+    return [node for node in graph if node.domain == MEMCOMPILE and node.op_type == OPERATOR]
 
 
 def runtime_products(graph: ir.Graph, chooses: Callable[[ir.Node], bool] = lambda _: True) -> None:
@@ -45,8 +44,8 @@ def kernel_products(graph: ir.Graph) -> None:
     """Finish the traced products: those that a kernel takes become its operator, the others the runtime's."""
     runtime_products(graph, lambda node: not _kernel_takes(node))
     for node in quantized_products(graph):
-        level = node.attributes.pop("accuracy_level").as_int()
-        node.attributes.add(ir.AttrInt64("activations", _ACTIVATIONS[level]))
+        level, products = (node.attributes.pop(name).as_int() for name in ("accuracy_level", "products"))
+        node.attributes.add(ir.AttrInt64("activations", TYPES["int8"] if level == INT8 else products))
 
 
 def _kernel_takes(node: ir.Node) -> bool:
@@ -113,16 +112,14 @@ def _write_out(graph: ir.Graph, node: ir.Node, shared: _Shared) -> None:
     x, codes, scales, zero_points, offsets, bias = given
     write = _Writer(node)
     bits, level = node.attributes.get_int("bits"), node.attributes.get_int("accuracy_level")
-    kept = [a for name, a in node.attributes.items() if name != "bits"]
+    kept = [a for name, a in node.attributes.items() if name not in ("bits", "products")]
     out = node.outputs[0]
 
     def product(
         weights: list[ir.Value | None], width: int, with_bias: ir.Value | None, name: str
     ) -> ir.Value:
         inputs = [x, *weights, None, with_bias]
-        made = write.add(
-            "MatMulNBits", inputs, name, *kept, ir.AttrInt64("bits", width), domain=MICROSOFT_DOMAIN
-        )
+        made = write.add("MatMulNBits", inputs, name, *kept, ir.AttrInt64("bits", width), domain=MICROSOFT)
         made.type, made.shape = out.type, out.shape
         return made
 
@@ -140,11 +137,7 @@ def _write_out(graph: ir.Graph, node: ir.Node, shared: _Shared) -> None:
     total = parts[0]
     for index, part in enumerate(parts[1:]):
         total = write.add("Add", [total, part], f"sum{index}")
-    total.type, total.shape = out.type, out.shape
-    graph.insert_before(node, write.nodes)
-    total.name = out.name
-    out.replace_all_uses_with(total, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+    replace_node(graph, node, *write.nodes)
 
 
 def _shift(node: ir.Node, shared: _Shared, write: _Writer, x: ir.Value | None, offsets: ir.Value) -> ir.Value:
@@ -160,7 +153,7 @@ def _shift(node: ir.Node, shared: _Shared, write: _Writer, x: ir.Value | None, o
         shared.sums[x, block] = write.add("MatMul", [x, indicator], "sums")
     return write.add(
         "FusedMatMul", [shared.sums[x, block], offsets], "shift", ir.AttrInt64("transB", 1),
-        domain=MICROSOFT_DOMAIN,
+        domain=MICROSOFT,
     )  # fmt: skip
 
 

@@ -8,8 +8,10 @@ import torch
 from torch import fx
 
 from memcompile.backends.onnxruntime.emitter import MICROSOFT, Emitter, emit, lowers
-from memcompile.backends.onnxruntime.products import DOMAIN, FLOAT, INT8, OPERATOR
+from memcompile.backends.onnxruntime.nodes import MEMCOMPILE
+from memcompile.backends.onnxruntime.products import FLOAT, INT8, OPERATOR
 from memcompile.dialect.quantized_weights import block_of
+from memcompile.kernels import TYPES
 
 
 @lowers(torch.ops.memcompile.quantized_linear.default)
@@ -27,8 +29,10 @@ def lower_quantized_linear(emitter: Emitter, node: fx.Node) -> torch.Tensor:
         "bits": bits,
         "block_size": block_of(codes, bits),
         "accuracy_level": INT8 if given["int8_activations"] else FLOAT,
+        "products": TYPES[emitter.products],
     }
-    return emit(f"{DOMAIN}::{OPERATOR}", inputs, attributes, like=x, shape=(*x.shape[:-1], rows), version=1)
+    shape = (*x.shape[:-1], rows)
+    return emit(f"{MEMCOMPILE}::{OPERATOR}", inputs, attributes, like=x, shape=shape, version=1)
 
 
 @lowers(torch.ops.memcompile.quantized_embedding.default)

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from memcompile.backends.onnxruntime import finish
 from memcompile.backends.onnxruntime.attention import padded_width
 from memcompile.backends.onnxruntime.emitter import OPSET
+from memcompile.backends.onnxruntime.nodes import MEMCOMPILE, MICROSOFT
 from memcompile.errors import MemcompileError
-from memcompile.kernels import find_library
+from memcompile.kernels import TYPES, find_library
 from memcompile.runtime.session import session_options
 from memcompile.tuning import KERNELS, Candidate, Inputs, Opened, Parameter, Problem, Space, space_of
 from memcompile.tuning.attention import CHUNKS, PREFILL
@@ -31,7 +32,8 @@ CHUNK_TOKENS: Final = 512
 COLD_BYTES: Final = 64 * 2**20
 MOST_COPIES: Final = 16
 # relative to the largest output: rounding, and codes of keys half way between two
-TOLERANCES: Final = {0: 1e-4, 8: 2e-2, 4: 2e-2}
+TOLERANCES: Final = {"float32": 1e-4, "bfloat16": 2e-2}
+CODES_TOLERANCE: Final = 2e-2
 IR_VERSION: Final = 10
 _TYPES: Final = {
     "float32": ir.DataType.FLOAT, "int8": ir.DataType.INT8, "uint8": ir.DataType.UINT8,
@@ -40,14 +42,14 @@ _TYPES: Final = {
 
 
 def attention_task(problem: Problem, *, threads: int, dtype: str) -> AttentionTask:
-    """The task of a problem. Raises MC123 for a type other than float32, all that the CPU provider has."""
-    if dtype != "float32":
+    """The task of a problem; in bfloat16 kernels round what they multiply. Raises MC123 for other types."""
+    if dtype not in TOLERANCES:
         raise MemcompileError(
             "MC123",
-            f"onnxruntime computes attention in float32 on the CPU, not in {dtype}",
-            fix="leave out --dtype, or tune the torch backend",
+            f"onnxruntime has no attention in {dtype} on the CPU",
+            fix="give --dtype float32 or bfloat16, or tune the torch backend",
         )
-    return AttentionTask(problem, threads)
+    return AttentionTask(problem, threads, dtype)
 
 
 @dataclass
@@ -68,7 +70,7 @@ class AttentionTask:
 
     @property
     def tolerance(self) -> float:
-        return TOLERANCES[self.problem.shape.bits]
+        return CODES_TOLERANCE if self.problem.shape.bits else TOLERANCES[self.dtype]
 
     def open(self, candidate: Candidate) -> Opened:
         """A session of one node. Raises ValueError when the runtime does not load it."""
@@ -76,7 +78,7 @@ class AttentionTask:
         if chunk not in self._feeds:
             self._feeds[chunk] = make_feeds(self.problem, chunk)
         feeds = self._feeds[chunk]
-        model = finished(self.problem, feeds, candidate)
+        model = finished(self.problem, feeds, candidate, self.dtype)
         options = session_options("step", self.threads)
         if candidate.implementation == KERNELS:
             library = find_library()
@@ -170,7 +172,7 @@ def make_feeds(problem: Problem, chunk: int) -> Feeds:
     )
 
 
-def finished(problem: Problem, feeds: Feeds, candidate: Candidate) -> ir.Model:
+def finished(problem: Problem, feeds: Feeds, candidate: Candidate, products: str = "float32") -> ir.Model:
     """A model of one attention node, as a candidate runs it."""
     model = _traced(problem, feeds)
     if candidate.implementation == RUNTIME:
@@ -178,6 +180,7 @@ def finished(problem: Problem, feeds: Feeds, candidate: Candidate) -> ir.Model:
     for node in finish.attention_nodes(model):
         for name in ("key_tile", "splits"):
             node.attributes.add(ir.AttrInt64(name, candidate.get(name)))
+        node.attributes.add(ir.AttrInt64("products", TYPES[products]))
     return finish.with_kernels(model, lambda _: True)
 
 
@@ -191,7 +194,7 @@ def _traced(problem: Problem, feeds: Feeds) -> ir.Model:
     ]
     scale = given.get("scale")
     node = ir.Node(
-        finish.DOMAIN,
+        MEMCOMPILE,
         "Attention",
         [
             *(given[name] for name in "qkv"), *pasts, given["last_slot"], given["slots"],
@@ -209,7 +212,7 @@ def _traced(problem: Problem, feeds: Feeds) -> ir.Model:
         ],
         outputs=outputs,
     )  # fmt: skip
-    imports = {"": OPSET, finish.DOMAIN: 1, finish.MICROSOFT_DOMAIN: 1}
+    imports = {"": OPSET, MEMCOMPILE: 1, MICROSOFT: 1}
     graph = ir.Graph(
         [*given.values(), *pasts], outputs, nodes=[node], opset_imports=imports, name="attention"
     )

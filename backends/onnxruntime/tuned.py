@@ -19,6 +19,7 @@ from memcompile.backends.onnxruntime.finish import (
     with_kernels,
 )
 from memcompile.backends.onnxruntime.timed import BACKEND, PACKAGES
+from memcompile.kernels import TYPES
 from memcompile.progress import SILENT, Progress
 from memcompile.tuning import KERNELS, Ask, Choices, Database, Shape, Workload, choose
 from memcompile.tuning.crossover import Rule, Switch, find_switch
@@ -35,8 +36,9 @@ def tuned_choices(
     workload: Workload | None,
     database: Database,
     chunk: int,
+    products: str,
 ) -> Choices:
-    """The choice for each region of a traced model; `chunk` is the default chunk of prompts.
+    """The choice for each region of a traced model; `chunk` is the default chunk, `products` a type.
 
     Without a workload, and for regions that were not tuned, it is the default: our kernels, parameters
     automatic. Raises MC122.
@@ -49,7 +51,7 @@ def tuned_choices(
         for node in attention_nodes(model)
         if (region := region_of(node)) and _is_tunable(node)
     ]
-    return choose(database, BACKEND, asks, workload, dtype="float32", packages=PACKAGES, chunk=chunk)
+    return choose(database, BACKEND, asks, workload, dtype=products, packages=PACKAGES, chunk=chunk)
 
 
 def measure_switches(
@@ -101,12 +103,13 @@ def _rule_of(node: ir.Node, measured: str) -> Rule:
     sizes = (shape.heads, shape.kv_heads, shape.width, shape.bits)
     if measured == "measure_page_from":
         return Rule(*sizes, page_tokens=names.get_int("page_tokens"), page_keep=names.get_int("page_keep"))
+    products = "bfloat16" if names.get_int("products", 0) == TYPES["bfloat16"] else "float32"
     pattern = all_inputs(node)[PATTERN]
     assert pattern is not None
     stored = ir.convenience.get_const_tensor(pattern)
     assert stored is not None
     rows = tuple((int(a), int(b), int(c), int(d)) for a, b, c, d in stored.numpy())
-    return Rule(*sizes, pattern=rows, block=names.get_int("block_tokens"))
+    return Rule(*sizes, pattern=rows, block=names.get_int("block_tokens"), products=products)
 
 
 def with_choices(model: ir.Model, choices: Choices) -> ir.Model:

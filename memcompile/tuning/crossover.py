@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ DECODING: Final = f"{SPARSE}.decode"
 DENSE: Final = "dense"
 CHOOSING: Final = "choosing"
 LENGTHS: Final = (512, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+Products = Literal["float32", "bfloat16"]
 # queries of one call: a chunk of the prompt
 CHUNK_TOKENS: Final = 2048
 # a switch has to gain this much: a prompt is never slower for it by what two runs of the same code differ
@@ -53,6 +54,7 @@ class Rule:
     block: int = 0
     page_tokens: int = 0
     page_keep: int = 0
+    products: Products = "float32"
 
     @property
     def depends_on_text(self) -> bool:
@@ -121,7 +123,7 @@ def find_switch(
     found: list[tuple[int, float]] = []
     for index, length in enumerate(lengths):
         sizes = rule.sizes(length)
-        key = Key("cpu", rule.operator, sizes, "float32", fingerprint(threads), versions(PACKAGES))
+        key = Key("cpu", rule.operator, sizes, rule.products, fingerprint(threads), versions(PACKAGES))
         record = known.get(key.digest)
         if record is None:
             record = _measured(rule, length, threads, key)
@@ -196,7 +198,7 @@ class Call:
             chosen = {"pattern": given["pattern"], "pattern_block": self.rule.block}
         return kernel_attention(
             given["q"], given["k"], given["v"], scale=self.rule.width**-0.5, threads=self.threads,
-            k_scale=given["scale"], v_scale=given["scale"], **chosen,
+            k_scale=given["scale"], v_scale=given["scale"], products=self.rule.products, **chosen,
         )  # fmt: skip
 
     def _make(self) -> None:

@@ -8,6 +8,7 @@
 
 // of onnxruntime_linear.cpp and onnxruntime_ffn.cpp
 const void *quantized_linear_operator();
+const void *bfloat16_linear_operator();
 const void *sparse_ffn_operator();
 
 namespace {
@@ -229,8 +230,8 @@ extern "C" __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(O
         if (failed) return failed;
         for (const Operator &op : OPERATORS)
             if ((failed = add_op(api, domain, &op))) return failed;
-        if ((failed = add_op(api, domain, quantized_linear_operator()))) return failed;
-        if ((failed = add_op(api, domain, sparse_ffn_operator()))) return failed;
+        for (const void *other : {quantized_linear_operator(), bfloat16_linear_operator(), sparse_ffn_operator()})
+            if ((failed = add_op(api, domain, other))) return failed;
     }
     return add_domain(api, options, domain);
 }

@@ -67,7 +67,7 @@ struct OrtCustomOp {
 };
 
 // element types of ONNX
-constexpr int FLOAT = 1, UINT8 = 2, INT8 = 3, INT32 = 6, INT64 = 7;
+constexpr int FLOAT = 1, UINT8 = 2, INT8 = 3, INT32 = 6, INT64 = 7, BFLOAT16 = 16;
 constexpr int REQUIRED = 0, OPTIONAL = 1;
 
 struct Operator : OrtCustomOp {

@@ -1,4 +1,5 @@
-// The linear kernels as a custom operator of ONNX Runtime, domain "memcompile": QuantizedLinear.
+// The linear kernels as custom operators of ONNX Runtime, domain "memcompile": QuantizedLinear over codes, and
+// LinearBFloat16 over stored bfloat16.
 #include "linear.h"
 #include "onnxruntime.h"
 
@@ -66,9 +67,55 @@ Operator make() {
     return op;
 }
 
+// LinearBFloat16: x [...,K] and weight [N,K]. Many rows of x are rounded to bfloat16 as well.
+enum PlainInput { PLAIN_X, PLAIN_WEIGHT, PLAIN_INPUTS };
+
+OrtStatus *compute_plain(void *kernel, OrtKernelContext *context) {
+    const OrtApi *api = ((const Kernel *)kernel)->api;
+    Calls call{api};
+    Tensor in[PLAIN_INPUTS];
+    for (size_t i = 0; i < PLAIN_INPUTS; i++) in[i] = input(call, context, i);
+    if (call.status) return call.status;
+    McLinear l{};
+    l.N = in[PLAIN_WEIGHT].dims[0], l.K = in[PLAIN_WEIGHT].dims[1], l.M = 1;
+    if (in[PLAIN_WEIGHT].rank != 2 || in[PLAIN_X].rank < 1 || in[PLAIN_X].dims[in[PLAIN_X].rank - 1] != l.K)
+        return create_status(api, "memcompile.LinearBFloat16: the sizes of its inputs do not fit together");
+    Tensor like = in[PLAIN_X];
+    like.dims[like.rank - 1] = l.N;
+    for (size_t i = 0; i + 1 < like.rank; i++) l.M *= like.dims[i];
+    Tensor out = output(call, context, 0, like);
+    if (call.status) return call.status;
+    Host host{api, context};
+    l.x = (const float *)in[PLAIN_X].data, l.out = (float *)out.data;
+    l.weight = in[PLAIN_WEIGHT].data, l.weight_type = l.activations = MC_BF16;
+    l.parallel = run_on_host, l.host = &host;
+    l.threads = processor_threads();
+    int32_t code = mc_linear(&l);
+    return code ? create_status(api, mc_reason(code)) : nullptr;
+}
+
+Operator make_plain() {
+    Operator op = make();
+    op.name = "LinearBFloat16";
+    op.GetInputType = [](const OrtCustomOp *, size_t i) { return i == PLAIN_WEIGHT ? BFLOAT16 : FLOAT; };
+    op.GetInputTypeCount = [](const OrtCustomOp *) -> size_t { return PLAIN_INPUTS; };
+    op.GetInputCharacteristic = [](const OrtCustomOp *, size_t) { return REQUIRED; };
+    op.CreateKernelV2 = [](const OrtCustomOp *, const OrtApi *api, const OrtKernelInfo *, void **made) -> OrtStatus * {
+        *made = new Kernel{api};
+        return nullptr;
+    };
+    op.KernelComputeV2 = compute_plain;
+    return op;
+}
+
 }  // namespace
 
 const void *quantized_linear_operator() {
     static const Operator op = make();
+    return &op;
+}
+
+const void *bfloat16_linear_operator() {
+    static const Operator op = make_plain();
     return &op;
 }
