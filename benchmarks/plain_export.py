@@ -199,15 +199,26 @@ def export_both(source: str, folder: Path, threads: int) -> float:
             )
         )  # fmt: skip
         writer.commit()
-    checkpoint = folder / "checkpoint"
-    model.save_pretrained(checkpoint)
-    _write_tokenizer(checkpoint)
-    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-p", "fp32"]
-    builder += ["-e", "cpu", "-o", str(folder / "genai"), "-c", str(folder / "cache")]
-    done = subprocess.run(builder, capture_output=True, text=True, check=False)
+    build_genai(source, folder / "genai")
+    return took
+
+
+def build_genai(source: str, folder: Path, precision: str = "fp32", *options: str) -> None:
+    """Let onnxruntime-genai's own builder export the model into `folder`."""
+    from memcompile.frontend import load_source
+
+    model: Any = load_source(source, "float32").module
+    with tempfile.TemporaryDirectory(prefix="memcompile-genai-") as name:
+        checkpoint = Path(name) / "checkpoint"
+        model.save_pretrained(checkpoint)
+        _write_tokenizer(checkpoint)
+        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint)]
+        builder += ["-p", precision, "-e", "cpu", "-o", str(folder), "-c", str(Path(name) / "cache")]
+        if options:
+            builder += ["--extra_options", *options]
+        done = subprocess.run(builder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"onnxruntime-genai's builder failed:\n{done.stderr[-2000:]}")
-    return took
 
 
 def _quiet(_: str) -> None:

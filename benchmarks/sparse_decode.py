@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.sparse_prefill import BOOK, MODEL
+from benchmarks.long_prompt import BOOK
+from benchmarks.plain_export import MODEL
 
 VARIANTS: Final[dict[str, list[dict[str, Any]]]] = {
     "dense": [],

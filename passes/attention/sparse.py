@@ -26,7 +26,7 @@ from memcompile.rewrite.pass_ import NO_CONTEXT, Context, Exactness, Order, Pass
 from memcompile.rewrite.selectors import Site, parse_layers
 
 UNLIMITED: Final = 2**30
-# where nothing is measured: every preset was ahead at 4,000 tokens (docs/results/sparse-prefill.md)
+# where nothing is measured: every preset was ahead at 4,000 tokens (docs/results/long-prompt.md)
 DENSE_TOKENS: Final = 2048
 # enough to see which diagonals and columns matter, little enough to be searched in a minute
 SEARCH_TOKENS: Final = 4096
