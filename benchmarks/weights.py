@@ -146,9 +146,9 @@ def targets(result: dict[str, Any]) -> dict[str, bool]:
             _ratio(result, "decode_seconds_per_token", "gguf_int8", "openvino") <= 1
         )
     if {"openvino", "gguf_int8_kv8"} <= read and result["prompt_tokens"] >= LONG_PROMPT_TOKENS:
-        found[
-            "peak memory of a long prompt with int8 keys and values: at most 80% of OpenVINO GenAI's"
-        ] = _ratio(result, "peak_memory_bytes", "gguf_int8_kv8", "openvino") <= 0.8
+        found["peak memory of a long prompt with int8 keys and values: at most 80% of OpenVINO GenAI's"] = (
+            _ratio(result, "peak_memory_bytes", "gguf_int8_kv8", "openvino") <= 0.8
+        )
     return found
 
 
