@@ -86,6 +86,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 more += ["--passkey", str(options.passkey)]
                 done = in_own_process(["--do", "quality", *arguments, *more], options.threads)
                 found["quality"][side] = done
+                print(f"{side}: {json.dumps(done)}", file=sys.stderr)
         repeats = 0 if options.quality_only else options.repeats
         for turn in range(repeats):
             print(f"turn {turn + 1} of {repeats}", file=sys.stderr)
