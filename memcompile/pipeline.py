@@ -210,7 +210,10 @@ def write_artifact(compiled: Compiled, plan: Plan, folder: Path, progress: Progr
         tokenizer=tokenizer,
         plan=plan.resolved(),
         calibrations=result.calibrations,
-        decisions=[d.as_dict() for d in result.decisions],
+        decisions=[
+            *(weight.as_decision() for weight in captured.weights if weight.error),
+            *(decision.as_dict() for decision in result.decisions),
+        ],
         refusals=[{"pass": r.pass_name, "where": r.where, "reason": r.reason} for r in refusals],
         step_bytes=step_bytes(captured.graph, plan.workload) if captured.model.causal else None,
     )
