@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 FAST_TESTS ?= yes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models check format lint fast-tests test demo demo-short bench bench-attention results-weights docs clean
+.PHONY: help setup models check format lint fast-tests test demo demo-short bench bench-attention results-weights results-weights-gemma docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -69,6 +69,15 @@ bench: $(MODEL)  ## the benchmark table (quiet machine, about an hour)
 results-weights: $(MODEL)  ## weights in fewer bits beside OpenVINO GenAI and onnxruntime-genai int4 (quiet machine, about 40 minutes)
 	@$(PIP) -e '.[rivals]'
 	$(BIN)/python -m benchmarks.weights
+
+GEMMA := models/gemma-3-270m-q4_k_m.gguf
+
+$(GEMMA): | $(READY)
+	@$(BIN)/python examples/fetch_model.py --model gemma3-270m
+
+results-weights-gemma: $(GEMMA)  ## the same of Gemma 3 270M (238 MB, Gemma terms; quiet machine, an hour or two)
+	@$(PIP) -e '.[rivals]'
+	$(BIN)/python -m benchmarks.weights --model $(GEMMA)
 
 bench-attention: $(READY)  ## the attention kernels beside torch's and ONNX Runtime's (quiet machine, a quarter of an hour)
 	$(BIN)/python -m benchmarks.attention

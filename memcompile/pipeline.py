@@ -27,6 +27,7 @@ from memcompile.progress import SILENT, Progress
 from memcompile.regions import attention_regions
 from memcompile.report import write_reports
 from memcompile.rewrite.manager import RewriteResult, apply
+from memcompile.rewrite.step_bytes import step_bytes
 from memcompile.tuning import Workload
 from memcompile.weights.parameter import available_memory_bytes, remembering
 from memcompile.weights.write import watched
@@ -68,6 +69,7 @@ class OptimizeResult:
             "original": measured.get("original"),
             "rewritten": measured.get("rewritten"),
             "hugging_face": measured.get("hugging_face"),
+            "attribution": measured.get("attribution"),
             "passes": [outcome.as_dict() for outcome in self.rewrite.outcomes],
         }
 
@@ -208,8 +210,12 @@ def write_artifact(compiled: Compiled, plan: Plan, folder: Path, progress: Progr
         tokenizer=tokenizer,
         plan=plan.resolved(),
         calibrations=result.calibrations,
-        decisions=[d.as_dict() for d in result.decisions],
+        decisions=[
+            *(weight.as_decision() for weight in captured.weights if weight.error),
+            *(decision.as_dict() for decision in result.decisions),
+        ],
         refusals=[{"pass": r.pass_name, "where": r.where, "reason": r.reason} for r in refusals],
+        step_bytes=step_bytes(captured.graph, plan.workload) if captured.model.causal else None,
     )
 
 

@@ -40,9 +40,14 @@ def test_artifact_report_and_measurements_of_original_and_rewritten(tmp_path: Pa
         assert result["rewritten"][name] > 0
     assert result["rewritten"]["kl"] > 0
     assert result["rewritten"]["state_bytes"] < result["original"]["state_bytes"]
+    step = result["attribution"]
+    assert step["original"]["bytes"]["weights"] == step["rewritten"]["bytes"]["weights"] > 0
+    assert step["original"]["bytes"]["state"] == result["original"]["state_bytes_predicted"]
+    assert step["predicted_speedup"] > 1
     assert [gate["passed"] for gate in result["gates"]] == [True]
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["gates"][0]["name"] == "state_bytes"
+    assert manifest["step_bytes"]["weights"] == step["rewritten"]["bytes"]["weights"]
     assert {"report.json", "report.html", "model.onnx", "tokenizer.json"} <= set(manifest["files"])
 
 

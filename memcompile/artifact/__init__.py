@@ -17,6 +17,7 @@ from memcompile.artifact.manifest import (
     parse_manifest,
     read_manifest,
 )
+from memcompile.artifact.step_bytes import StepBytes
 from memcompile.artifact.store import Artifact, ArtifactWriter, open_artifact
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "ModelEntry",
     "PrefillEntry",
     "StateEntry",
+    "StepBytes",
     "TensorEntry",
     "TokenizerEntry",
     "open_artifact",

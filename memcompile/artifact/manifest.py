@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from memcompile.artifact.parse import build
+from memcompile.artifact.step_bytes import StepBytes
 from memcompile.errors import MemcompileError
 
 FORMAT: Final = "memcompile-artifact"
@@ -153,7 +154,10 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """All that `manifest.json` says. Written by `ArtifactWriter`, read by `read_manifest`."""
+    """All that `manifest.json` says. Written by `ArtifactWriter`, read by `read_manifest`.
+
+    step_bytes: predicted for the last token of the plan's workload; None for a model that is not causal.
+    """
 
     backend: str
     model: ModelEntry
@@ -169,6 +173,7 @@ class Manifest:
     decisions: tuple[Any, ...] = ()
     refusals: tuple[Any, ...] = ()
     gates: tuple[Any, ...] = ()
+    step_bytes: StepBytes | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     files: dict[str, FileEntry] = field(default_factory=dict)
     format: str = FORMAT
@@ -287,6 +292,9 @@ def _check(manifest: Manifest) -> None:
     _range("model.vocab_size", model.vocab_size, 0, MAX_TOKENS)
     _range("model.max_positions", model.max_positions, 0, MAX_TOKENS)
     _range("model.layers", model.layers, 0, MAX_COUNT)
+    if manifest.step_bytes is not None:
+        for name, value in manifest.step_bytes.as_dict().items():
+            _range(f"step_bytes.{name}", value, 0, MAX_BYTES)
     for name, file in manifest.files.items():
         _range(f"files.{name}.bytes", file.bytes, 0, MAX_BYTES)
         if len(file.sha256) != 64 or set(file.sha256) - set("0123456789abcdef"):

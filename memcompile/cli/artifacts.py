@@ -36,6 +36,7 @@ def evaluate(
                 "artifact": str(artifact),
                 "gates": [gate.as_dict() for gate in gates],
                 "rewritten": evaluation.rewritten.as_dict(),
+                "attribution": evaluation.attribution.as_dict() if evaluation.attribution else None,
                 "settings": settings.as_dict(),
                 "notes": list(evaluation.notes),
             }

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from memcompile.artifact.manifest import Manifest, read_manifest
+from memcompile.evaluate.attribution import Attribution, attribute
 from memcompile.evaluate.crossover import Crossover, crossover_lengths, crossovers
 from memcompile.evaluate.metrics import Metrics, cost_metrics, passkey_metrics, perplexity_metrics
 from memcompile.evaluate.prediction import Prediction, compare_prediction, predict_state_bytes
@@ -46,6 +47,7 @@ class Evaluation:
     crossovers: tuple[Crossover, ...]
     environment: dict[str, Any]
     notes: tuple[str, ...] = ()
+    attribution: Attribution | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The evaluation as JSON values."""
@@ -55,6 +57,7 @@ class Evaluation:
             "hugging_face": self.hugging_face.as_dict() if self.hugging_face else None,
             "settings": self.settings.as_dict(),
             "prediction": self.prediction.as_dict() if self.prediction else None,
+            "attribution": self.attribution.as_dict() if self.attribution else None,
             "crossovers": [crossover.as_dict() for crossover in self.crossovers],
             "environment": self.environment,
             "notes": list(self.notes),
@@ -91,7 +94,7 @@ def evaluate(
     with _folder(work_dir) as folder:
         run = _Run(settings, folder, subjects, manifests, progress)
         measured = run.causal() if causal else run.forward()
-    return _conclude(measured, manifests["rewritten"], settings)
+    return _conclude(measured, manifests, settings)
 
 
 class _Run:
@@ -236,9 +239,12 @@ class _Run:
         return Metrics(**values)
 
 
-def _conclude(measured: dict[str, Metrics], manifest: Manifest, settings: EvaluationSettings) -> Evaluation:
+def _conclude(
+    measured: dict[str, Metrics], manifests: dict[str, Manifest], settings: EvaluationSettings
+) -> Evaluation:
     """Put the models side by side, and note what a reader must know to judge the numbers."""
     original, rewritten = measured.get("original"), measured["rewritten"]
+    manifest = manifests["rewritten"]
     notes = []
     if settings.text is None or manifest.tokenizer is None:
         notes.append(
@@ -275,6 +281,7 @@ def _conclude(measured: dict[str, Metrics], manifest: Manifest, settings: Evalua
         crossovers=found,
         environment=environment(),
         notes=tuple(notes),
+        attribution=attribute(manifests, measured),
     )
 
 

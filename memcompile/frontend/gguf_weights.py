@@ -49,6 +49,11 @@ class StoredWeight:
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def as_decision(self) -> dict[str, Any]:
+        """What an artifact says of a weight that could not keep its codes."""
+        told = f"{self.file_format} has no equal: quantised anew to {self.bits} bits, error {self.error:.2e}"
+        return {"pass": "stored weights", "region": self.region, "decision": told}
+
 
 def keep_stored_weights(captured: Captured, path: Path, *, int8_activations: bool) -> Captured:
     """The captured model with the file's own codes for every weight that has them.

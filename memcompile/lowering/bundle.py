@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from memcompile.artifact import Manifest, ModelEntry, TokenizerEntry
+from memcompile.artifact import Manifest, ModelEntry, StepBytes, TokenizerEntry
 from memcompile.lowering.backend import Lowered
 from memcompile.regions import ModelFacts
 
@@ -26,6 +26,7 @@ def build_manifest(
     calibrations: Mapping[str, Any],
     decisions: Sequence[Any],
     refusals: Sequence[Any],
+    step_bytes: StepBytes | None = None,
 ) -> Manifest:
     """The manifest of `lowered`, before its files are digested and its gates are known."""
     return Manifest(
@@ -52,6 +53,7 @@ def build_manifest(
         calibrations=dict(calibrations),
         decisions=(*decisions, *lowered.decisions),
         refusals=tuple(refusals),
+        step_bytes=step_bytes,
         environment=environment(),
     )
 

@@ -51,6 +51,7 @@ def build_document(
         "refusals": list(manifest.refusals),
         "settings": measured.get("settings"),
         "prediction": measured.get("prediction"),
+        "attribution": measured.get("attribution"),
         "crossovers": measured.get("crossovers", []),
         "environment": measured.get("environment") or manifest.environment,
         "notes": measured.get("notes", []),

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from memcompile.report.charts import Bar, Line, bar_chart, line_chart, smoothed
 from memcompile.report.document import Document
 from memcompile.report.measures import MEASURES
-from memcompile.report.tables import crossover_lines
+from memcompile.report.tables import crossover_lines, step_lines, step_rows
 
 REPORT_HTML: Final = "report.html"
 _ROLES: Final = {"original": "original", "rewritten": "rewritten", "hugging_face": "Hugging Face"}
@@ -47,6 +47,7 @@ def render_html(document: Document) -> str:
         losses=_loss_chart(models),
         crossover=_crossover_chart(document),
         crossover_lines=crossover_lines(document["crossovers"]),
+        step=_step(document.get("attribution")),
         layers=region_map(document["regions"]),
         roles=_legend(document["regions"]),
         plan=json.dumps(document["plan"], indent=2, ensure_ascii=False),
@@ -93,6 +94,13 @@ def _rows(document: Document, models: dict[str, Any]) -> list[dict[str, Any]]:
                 row["verdicts"][role] = measure.verdict(ratio)
         rows.append(row)
     return rows
+
+
+def _step(attribution: dict[str, Any] | None) -> dict[str, Any] | None:
+    if attribution is None:
+        return None
+    heading, *rows = step_rows(attribution)
+    return {"heading": heading, "rows": rows, "lines": step_lines(attribution)}
 
 
 def _bars(models: dict[str, Any]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from memcompile.evaluate.units import format_bytes, format_ratio, format_seconds
 from memcompile.report.document import Document
 from memcompile.report.measures import MEASURES, Measure
 
@@ -25,6 +26,10 @@ def render(document: Document) -> RenderableType:
     parts: list[RenderableType] = []
     if document["rewritten"] is not None:
         parts.append(comparison_table(document))
+    # a report that an older version wrote has none
+    if (attribution := document.get("attribution")) is not None:
+        parts.append(step_table(attribution))
+        parts += [Text(line, style="dim") for line in step_lines(attribution)]
     if document["gates"]:
         parts.append(gates_table(document["gates"]))
     parts += [Text(line, style="dim") for line in crossover_lines(document["crossovers"])]
@@ -71,6 +76,49 @@ def gates_table(gates: list[dict[str, Any]]) -> Table:
         verdict = Text("met", style="green") if gate["passed"] else Text("NOT MET", style="bold red")
         table.add_row(gate["name"], gate["wanted_text"], gate["got_text"], verdict)
     return table
+
+
+def step_table(attribution: dict[str, Any]) -> Table:
+    """One row per part of a decode step and their sum: bytes and time of each model."""
+    heading, *rows = step_rows(attribution)
+    table = _table("where a token goes")
+    for column in heading:
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def step_rows(attribution: dict[str, Any]) -> list[list[str]]:
+    """A heading, then bytes and time of weights, state, activations and the whole step."""
+    roles = [role for role in ("original", "rewritten") if attribution[role] is not None]
+    rows = [["", *(f"{role}{unit}" for role in roles for unit in (", bytes", ", time"))]]
+    for part in ("weights", "state", "activations", "in all"):
+        row = [part]
+        for role in roles:
+            sizes, times = attribution[role]["bytes"], attribution[role]["seconds"]
+            whole = part == "in all"
+            size = sum(sizes.values()) if whole else sizes[part]
+            seconds = sum(times.values()) if whole else times[part]
+            row += [format_bytes(size), format_seconds(seconds)]
+        rows.append(row)
+    return rows
+
+
+def step_lines(attribution: dict[str, Any]) -> list[str]:
+    """What bytes predicted and what was measured, in sentences."""
+    lines = [f"predicted before measuring: {attribution['bound']}"]
+    reached = [
+        f"{attribution[role]['bytes_per_second'] / 1e9:.1f} GB/s ({role})"
+        for role in ("original", "rewritten")
+        if attribution[role] is not None
+    ]
+    lines.append(f"reached: {', '.join(reached)}; time is shared out by bytes")
+    if attribution["predicted_speedup"] is not None:
+        predicted, measured = (attribution[f"{name}_speedup"] for name in ("predicted", "measured"))
+        by_bytes = f"a token should be {format_ratio(predicted)} as fast by its bytes"
+        lines.append(f"{by_bytes}, and is {format_ratio(measured)}")
+    return lines
 
 
 def crossover_lines(crossovers: list[dict[str, Any]]) -> list[str]:

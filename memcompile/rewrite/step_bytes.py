@@ -3,47 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
+from memcompile.artifact import StepBytes
 from memcompile.regions import WeightRegion, argument, attention_regions, weight_regions
 from memcompile.rewrite.costs import decode_cost
 from memcompile.rewrite.entry import Workload
 
 _EXPERTS = torch.ops.memcompile.experts.default
 _QUANTIZED_EXPERTS = torch.ops.memcompile.quantized_experts.default
-
-
-@dataclass(frozen=True, slots=True)
-class StepBytes:
-    """Bytes that decoding one token moves, at the end of a workload.
-
-    weights: every stored tensor once; of experts those that are chosen, of an embedding the rows looked up.
-    state: all caches, read once. activations: what linear layers and attention read and write.
-    """
-
-    weights: int
-    state: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.state + self.activations
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"weights": self.weights, "state": self.state, "activations": self.activations}
-
-    def sentence(self) -> str:
-        """What compressing one of them can win at most, where bytes bound the speed."""
-        weights, state = self.weights / self.total, self.state / self.total
-        return (
-            f"weights are {weights:.0%} of the bytes of a decode step and the cache {state:.0%}: "
-            f"KV compression can win at most {1 / (1 - state):.1f}x, "
-            f"weight compression {1 / (1 - weights):.1f}x"
-        )
 
 
 def step_bytes(

@@ -1,8 +1,9 @@
 """GGUF's blocks as the dialect's: every code and scale of the file keeps its value.
 
-Formats: ggml's Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 (blocks of 32) and Q4_K, Q5_K, Q6_K (super-blocks of 256 whose
-parts have scales of their own). Scales are float16 in the file, and their products with the integer scales of
-the K formats are float32 here, as ggml computes them. Codes of 5 and 6 bits take 8.
+Formats: ggml's Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 (blocks of 32), Q2_K to Q6_K (super-blocks of 256 whose parts
+have scales of their own), TQ2_0 (-1, 0 and 1), and IQ4_NL, IQ4_XS, MXFP4: numbers of a table's values.
+Scales are float16 in the file, and their products with the integer scales of parts are float32 here, as ggml
+computes them. Codes of 2 and 3 bits take 4; those of 5 and 6 bits, and values of a table, take 8.
 Layouts: ggml-common.h and ggml-quants.c of llama.cpp.
 """
 
@@ -107,6 +108,28 @@ def _q8_0(raw: Bytes) -> Blocks:
     return Blocks((raw[:, 2:] ^ 0x80)[:, None], _half(raw[:, :2]), None, 128, 8)
 
 
+def _pairs_of_bits(packed: Bytes) -> Bytes:
+    """Codes of 2 bits [n,256]: of 32 bytes, the lowest bits are the first 32 codes, the next ones follow."""
+    shifts = np.arange(0, 8, 2, dtype=np.uint8).reshape(1, 1, 4, 1)
+    return ((packed.reshape(len(packed), -1, 1, 32) >> shifts) & 3).reshape(len(packed), 256)
+
+
+def _q2_k(raw: Bytes) -> Blocks:
+    codes = _pairs_of_bits(raw[:, 16:80]).reshape(-1, 16, 16)
+    scales, minima = raw[:, :16] & 15, raw[:, :16] >> 4
+    return Blocks(codes, _half(raw[:, 80:82]) * scales, -(_half(raw[:, 82:84]) * minima), 0, 4)
+
+
+def _q3_k(raw: Bytes) -> Blocks:
+    low, high = raw[:, 96:104], raw[:, 104:108]
+    lowest = np.concatenate([low & 15, low >> 4], axis=-1)
+    highest = np.concatenate([(high >> shift) & 3 for shift in (0, 2, 4, 6)], axis=-1)
+    scales = (lowest | (highest << 4)).astype(np.float32) - np.float32(32)
+    thirds = (raw[:, None, :32] >> np.arange(8, dtype=np.uint8).reshape(1, 8, 1)) & 1
+    codes = _pairs_of_bits(raw[:, 32:96]) | (thirds.reshape(-1, 256) << 2)
+    return Blocks(codes.reshape(-1, 16, 16), _half(raw[:, 108:110]) * scales, None, 4, 4)
+
+
 def _k_scales(raw: Bytes) -> tuple[Bytes, Bytes]:
     """The eight 6-bit scales and minima that Q4_K and Q5_K pack into twelve bytes."""
     low, middle, high = raw[:, 0:4], raw[:, 4:8], raw[:, 8:12]
@@ -145,13 +168,51 @@ def _q6_k(raw: Bytes) -> Blocks:
     return Blocks(codes, scales, None, 32, 8)
 
 
+def _tq2_0(raw: Bytes) -> Blocks:
+    return Blocks(_pairs_of_bits(raw[:, :64])[:, None], _half(raw[:, 64:]), None, 1, 4)
+
+
+# the values of a table, as bytes with 128 for zero
+_IQ4: Final = np.array(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8
+).view(np.uint8) ^ np.uint8(0x80)  # fmt: skip
+_E2M1: Final = np.array(
+    [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8
+).view(np.uint8) ^ np.uint8(0x80)  # fmt: skip
+
+
+def _iq4_nl(raw: Bytes) -> Blocks:
+    return Blocks(_IQ4[_halves(raw[:, 2:])][:, None], _half(raw[:, :2]), None, 128, 8)
+
+
+def _iq4_xs(raw: Bytes) -> Blocks:
+    low = np.stack([raw[:, 4:8] & 15, raw[:, 4:8] >> 4], axis=-1).reshape(-1, 8)
+    places = np.arange(0, 16, 2, dtype=np.uint16)
+    high = (np.ascontiguousarray(raw[:, 2:4]).view("<u2") >> places) & 3
+    scales = (low | (high << 4)).astype(np.float32) - np.float32(32)
+    codes = _IQ4[_halves(raw[:, 8:].reshape(-1, 8, 16))]
+    return Blocks(codes, _half(raw[:, :2]) * scales, None, 128, 8)
+
+
+def _mxfp4(raw: Bytes) -> Blocks:
+    # half of the power of two that the exponent stands for: the table's values are doubled
+    scales = np.exp2(raw[:, :1].astype(np.float64) - 128).astype(np.float32)
+    return Blocks(_E2M1[_halves(raw[:, 1:])][:, None], scales, None, 128, 8)
+
+
 FORMATS: Final[dict[str, Format]] = {
     "Q4_0": Format(18, 32, _q4_0),
     "Q4_1": Format(20, 32, _q4_1),
     "Q5_0": Format(22, 32, _q5_0),
     "Q5_1": Format(24, 32, _q5_1),
     "Q8_0": Format(34, 32, _q8_0),
+    "Q2_K": Format(84, 256, _q2_k),
+    "Q3_K": Format(110, 256, _q3_k),
     "Q4_K": Format(144, 256, _q4_k),
     "Q5_K": Format(176, 256, _q5_k),
     "Q6_K": Format(210, 256, _q6_k),
+    "TQ2_0": Format(66, 256, _tq2_0),
+    "IQ4_NL": Format(18, 32, _iq4_nl),
+    "IQ4_XS": Format(136, 256, _iq4_xs),
+    "MXFP4": Format(17, 32, _mxfp4),
 }

@@ -54,6 +54,12 @@ def test_measures_everything_the_report_names(tmp_path: Path, settings: Evaluati
     assert after["state_bytes_peak"] == (1200 + 40) * 8
     assert evaluation.prediction is not None
     assert evaluation.prediction.agrees
+    assert evaluation.attribution is not None
+    moved = evaluation.attribution.rewritten.moved
+    assert moved.state == after["state_bytes"]
+    assert evaluation.attribution.predicted_speedup == pytest.approx(
+        (moved.total + 1000 * 8) / moved.total, rel=1e-9
+    )
     assert after["scored_tokens"] == 2 * 130
     assert 1 << 20 < after["peak_memory_bytes"] < 1 << 32
     assert after["decode_seconds_min"] <= after["decode_seconds_per_token"] <= after["decode_seconds_p90"]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from memcompile.artifact import StepBytes
 from memcompile.artifact.manifest import (
     EvictEntry,
     FunctionEntry,
@@ -139,6 +140,7 @@ def write_toy(folder: Path, *, causal: bool = True, tokenizer: bool = True, **fa
         states=(state,) if causal else (),
         groups=(GroupEntry("full", "attention_mask", evict=evict),) if causal else (),
         tokenizer=TokenizerEntry("toy.json") if tokenizer else None,
+        step_bytes=StepBytes(VOCABULARY * 4, 0, 8) if causal else None,
         plan={"sharpness": facts.get("sharpness", 8.0)},
         decisions=(facts,),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,9 @@ def test_a_format_without_an_equal_is_quantised_anew_and_its_error_told(tmp_path
     anew = [weight for weight in kept.weights if weight.file_format == "Q4_K"]
     assert len(anew) == 2
     assert all(weight.bits == 8 and 0 < weight.error < 0.01 for weight in anew)
+    assert re.fullmatch(
+        r"Q4_K has no equal: quantised anew to 8 bits, error \d\.\d\de-03", anew[0].as_decision()["decision"]
+    )
 
 
 def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from memcompile.artifact import StepBytes
 from memcompile.artifact.manifest import (
     EvictEntry,
     GroupEntry,
@@ -15,6 +16,7 @@ from memcompile.artifact.manifest import (
     StateEntry,
 )
 from memcompile.evaluate import Evaluation, EvaluationSettings, GateResult, Metrics, check
+from memcompile.evaluate.attribution import Attribution, StepCost
 from memcompile.evaluate.crossover import Crossover
 from memcompile.evaluate.prediction import Prediction
 
@@ -99,6 +101,10 @@ def evaluation(*, original: bool = True, hugging_face: bool = True) -> Evaluatio
         crossovers=crossovers if original else (),
         environment={"system": "Linux", "cores": 2, "packages": {"onnxruntime": "1.31.1", "numpy": "2.4.6"}},
         notes=("the text budget pays for 2 of 4 windows",),
+        attribution=Attribution(
+            StepCost(StepBytes(538_000_000, 380_436_480, 1_500_000), 0.151) if original else None,
+            StepCost(StepBytes(538_000_000, 14_745_600, 1_500_000), 0.052),
+        ),
     )
 
 

@@ -134,6 +134,27 @@ def test_the_table_leaves_out_models_that_were_not_measured() -> None:
     assert "not measured" in text
 
 
+def test_table_and_page_say_where_a_token_goes() -> None:
+    document = _document()
+    text, page = _text(document), render_html(document)
+    assert re.search(r"weights\s+513.1 MiB\s+88.3 ms\s+513.1 MiB\s+50.5 ms", text)
+    assert re.search(r"in all\s+877.3 MiB\s+151 ms\s+528.6 MiB\s+52 ms", text)
+    for words in (
+        "redicted before measuring: weights are 58% of the bytes of a decode step and the cache 41%",
+        "eached: 6.1 GB/s (original), 10.7 GB/s (rewritten)",
+        " token should be 1.66x as fast by its bytes, and is 2.90x",
+    ):
+        assert words in re.sub(r"\s+", " ", text)
+        assert words in page
+
+
+def test_a_report_of_before_attributions_still_shows() -> None:
+    document = _document()
+    del document["attribution"]
+    assert "where a token goes" not in _text(document)
+    assert "Where a token goes" not in render_html(document)
+
+
 def test_a_report_without_an_evaluation_still_shows_the_plan() -> None:
     document = build_document(sample.manifest(), None, [], name="out")
     assert document["rewritten"] is None
