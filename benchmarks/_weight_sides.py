@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -103,22 +101,6 @@ def build_ours(side: str, source: str, folder: Path, threads: int) -> None:
         }
     )
     pipeline.optimize(source, plan, folder, evaluate=False)
-
-
-def build_genai(source: str, folder: Path) -> None:
-    """Let onnxruntime-genai's own builder quantise the model to int4."""
-    from memcompile.frontend import load_source
-
-    loaded: Any = load_source(source, "float32")
-    checkpoint = folder.with_name("checkpoint")
-    loaded.module.save_pretrained(checkpoint)
-    loaded.tokenizer.save_pretrained(checkpoint)
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-p", "int4"]
-    command += ["-e", "cpu", "-o", str(folder), "-c", str(folder.with_name("cache"))]
-    command += ["--extra_options", "int4_accuracy_level=4"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"onnxruntime-genai's builder failed:\n{done.stderr[-2000:]}")
 
 
 def read_ours(side: str, folder: Path, prompt_tokens: int, threads: int) -> Reading:

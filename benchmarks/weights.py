@@ -36,7 +36,6 @@ from benchmarks._weight_sides import (
     RIVALS,
     SIDES,
     WINDOW_TOKENS,
-    build_genai,
     build_ours,
     measure_quality,
     read_genai,
@@ -44,7 +43,7 @@ from benchmarks._weight_sides import (
     read_ours,
     weight_bytes,
 )
-from benchmarks.plain_export import MODEL
+from benchmarks.plain_export import MODEL, build_genai
 
 LONG_PROMPT_TOKENS: Final = 8000
 
@@ -111,7 +110,7 @@ def do(options: argparse.Namespace) -> dict[str, Any]:
     """One step, in a process of its own."""
     if options.do == "build":
         if options.side == "genai_int4":
-            build_genai(options.model, options.artifact)
+            build_genai(options.model, options.artifact, "int4", "int4_accuracy_level=4")
         else:
             build_ours(options.side, options.model, options.artifact, options.threads)
         return {}
