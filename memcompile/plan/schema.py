@@ -29,7 +29,9 @@ class Model(Section):
         description="folder, `.gguf` file or `package.module:function`; the command line may give it instead",
     )
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
-        "float32", description="type of weights and activations"
+        "float32",
+        description="type of weights and activations; in bfloat16 the CPU's kernels round what they multiply "
+        "while a prompt is read",
     )
     weights: Literal["stored", "float32"] = Field(
         "stored",
