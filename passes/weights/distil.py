@@ -180,8 +180,7 @@ class _Runner(fx.Interpreter):
 
     def logits(self, window: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Logits [B,T,V] of a window."""
-        graph = self.graph_module.graph  # type: ignore[union-attr]
-        self.run(*[window[str(n.target)] for n in graph.nodes if n.op == "placeholder"])
+        self.run(*[window[str(n.target)] for n in self.graph.nodes if n.op == "placeholder"])
         found = self._found
         del self._found
         return found
@@ -239,7 +238,7 @@ def _rows(weight: LazyParameter, transposed: bool) -> torch.Tensor:
 
 
 def _logits(graph_module: fx.GraphModule) -> fx.Node:
-    """The output that holds the logits, or the product that gives them where they do not leave as they are."""
+    """The output that holds the logits; the product that gives them, if they leave in another shape."""
     head = next((region for region in weight_regions(graph_module) if region.kind == "head"), None)
     if head is None:
         raise MemcompileError(

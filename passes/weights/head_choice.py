@@ -70,7 +70,9 @@ def choose(
     budget = round(sparsity * total)
     ranked = []
     for layer, score in scores.items():
-        importance = score / score.double().norm().clamp(min=torch.finfo(torch.float64).tiny) if normalise else score
+        importance = (
+            score / score.double().norm().clamp(min=torch.finfo(torch.float64).tiny) if normalise else score
+        )
         best = int(score.argmax())
         ranked += [
             (float(importance[unit]) / unit_heads[layer], layer, unit)

@@ -242,7 +242,9 @@ def _follow(
         (user,) = node.users
         if user in products and flat and operands(user)[0] is node:
             return tuple(after), products[user], ""
-        value = user.meta["val"]
+        value = user.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            return (), None, "what its heads give leaves the model"
         if user.target is operator.getitem or user.target in _ALONE:
             pass
         elif not flat and user.target is aten.transpose.int:
@@ -275,9 +277,8 @@ def drop_heads(region: HeadsRegion, queries: Sequence[int], out: torch.Tensor | 
         "key/value heads stay"
     )
     before = [argument(node, name) for name in ("q", "k", "v")]
-    inputs = [
-        _again(source, kept, emit, node) for source, kept in zip(region.sources, (queries, groups, groups), strict=True)
-    ]  # fmt: skip
+    kept = (queries, groups, groups)
+    inputs = [_again(source, heads, emit, node) for source, heads in zip(region.sources, kept, strict=True)]
     emit.update(node, **dict(zip(("q", "k", "v"), inputs, strict=True)))
     made: dict[fx.Node, fx.Node] = {}
     columns = channels_of(queries, region.head_width)
