@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from memcompile.passes.weights.importance import (
     products_of,
     taylor_scores,
 )
+from memcompile.passes.weights.structure import Block, addition_of
 from memcompile.progress import Progress
 
 
@@ -36,7 +37,8 @@ def heads_to_keep(
 
     criterion: "taylor", what taking a unit out is predicted to lose (Michel et al. 2019, arXiv:1905.10650, in
     the squared form of Molchanov et al. 2019, arXiv:1906.10771); "activation", the norm of what a unit adds
-    to its layer's output. Either is divided by the norm of its layer's scores, as Michel et al. do.
+    to the residual stream, as a share of the stream's. Both compare across layers as they are: Michel et al.
+    divide by the norm of each layer's scores, which loses far more on SmolLM2.
 
     Raises:
         MemcompileError: MC305, no unit is small enough to go; MC116, the model gives no logits.
@@ -46,7 +48,7 @@ def heads_to_keep(
         columns = {region.region: region.unit_heads * region.head_width for region in regions}
         scores = taylor_scores(graph_module, readers, columns, data, progress)
     else:
-        scores = _norms_of_outputs(graph_module, regions, data, progress)
+        scores = _shares_of_the_stream(graph_module, regions, data, progress)
     kept = choose(scores, {region.region: region.unit_heads for region in regions}, sparsity)
     found = {
         f"{region.region}/queries": channels_of(kept[region.region], region.unit_heads) for region in regions
@@ -57,7 +59,7 @@ def heads_to_keep(
 
 
 def choose(
-    scores: Mapping[str, torch.Tensor], unit_heads: Mapping[str, int], sparsity: float, normalise: bool = True
+    scores: Mapping[str, torch.Tensor], unit_heads: Mapping[str, int], sparsity: float
 ) -> dict[str, list[int]]:
     """The units that stay in each layer when `sparsity` of all query heads goes, least important first.
 
@@ -70,12 +72,9 @@ def choose(
     budget = round(sparsity * total)
     ranked = []
     for layer, score in scores.items():
-        importance = (
-            score / score.double().norm().clamp(min=torch.finfo(torch.float64).tiny) if normalise else score
-        )
         best = int(score.argmax())
         ranked += [
-            (float(importance[unit]) / unit_heads[layer], layer, unit)
+            (float(score[unit]) / unit_heads[layer], layer, unit)
             for unit in range(len(score))
             if unit != best
         ]
@@ -97,29 +96,48 @@ def choose(
     }
 
 
-def _norms_of_outputs(
+def _shares_of_the_stream(
     graph_module: fx.GraphModule, regions: Sequence[HeadsRegion], data: CalibrationData, progress: Progress
 ) -> dict[str, torch.Tensor]:
-    """The norm over the text of what each unit alone gives through the product that reads it."""
+    """The norm over the text of what each unit adds to the residual stream, by the norm of the stream.
+
+    What stands between the product and the stream, a norm say, is taken to scale all units alike. Without a
+    stream, it is the share of what the product gives.
+    """
     readers = {region.reader.node: region for region in regions}
+    ends: dict[fx.Node, tuple[HeadsRegion, Block]] = {}
+    for region in regions:
+        if (block := addition_of(region.reader.node)) is not None:
+            ends[block.addition] = (region, block)
     found: dict[str, torch.Tensor] = {}
 
     def visit(node: fx.Node, windows: Sequence[tuple[Any, ...]]) -> list[torch.Tensor]:
+        if node in ends:
+            region, block = ends[node]
+            added = _squares(window[1 - block.place] for window in windows)
+            sums = [window[0] + window[1] for window in windows]
+            found[region.region] *= (added / _squares(sums)) ** 0.5
+            return sums
         region = readers[node]
         weight = region.reader.stored
         assert weight is not None
         inputs, biases = inputs_of(node, windows)
         by_unit = weight.float().unflatten(-1, (region.units, -1))
-        squares = torch.zeros(region.units, dtype=torch.float64)
-        for x in inputs:
-            flat = x.flatten(0, -2).float().unflatten(-1, (region.units, -1))
-            for unit in range(region.units):
-                squares[unit] += (flat[:, unit] @ by_unit[:, unit].T).double().pow(2).sum()
-        found[region.region] = squares.sqrt()
-        return products_of(inputs, biases, weight)
+        units = [x.float().unflatten(-1, (region.units, -1)) for x in inputs]
+        outputs = products_of(inputs, biases, weight)
+        squares = [
+            _squares(x[..., unit, :] @ by_unit[:, unit].T for x in units) for unit in range(region.units)
+        ]
+        found[region.region] = (torch.tensor(squares, dtype=torch.float64) / _squares(outputs)).sqrt()
+        return outputs
 
-    sweep(graph_module, data.windows, readers, visit, progress)
+    sweep(graph_module, data.windows, {*readers, *ends}, visit, progress)
     return found
+
+
+def _squares(tensors: Iterable[torch.Tensor]) -> float:
+    """The sum of all squares, at least a little."""
+    return max(sum(float(x.double().pow(2).sum()) for x in tensors), 1e-30)
 
 
 def _fit(

@@ -12,6 +12,7 @@ from torch import fx
 
 from memcompile.calibrate.collect import Calibration, CalibrationData
 from memcompile.dialect import Cost
+from memcompile.errors import MemcompileError
 from memcompile.passes.weights import importance
 from memcompile.passes.weights.distil import Recipe, distil
 from memcompile.passes.weights.head_choice import heads_to_keep
@@ -316,7 +317,7 @@ class PruneWeights(Pass[PrunedRegion, PruneConfig, PruneFacts]):
             if config.granularity == "layers":
                 layers = [region for region in regions if isinstance(region, LayerRegion)]
                 found = importance.influence_of_layers(graph_module, layers, data, progress)
-                return _with_verdicts(found, round(config.sparsity * len(layers)))
+                return _with_verdicts(found, config.sparsity)
             if config.criterion == "taylor":
                 return importance.masks_by_gradients(graph_module, weights, facts.mask, data, progress)
             return importance.masks_by_inputs(graph_module, weights, facts.mask, data, progress)
@@ -368,8 +369,15 @@ def _by_magnitude(weight: torch.Tensor, sparsity: float) -> torch.Tensor:
     return weight * mask_of_weights(weight.float().abs(), sparsity, by_row=False)
 
 
-def _with_verdicts(found: Mapping[str, torch.Tensor], dropped: int) -> dict[str, torch.Tensor]:
+def _with_verdicts(found: Mapping[str, torch.Tensor], sparsity: float) -> dict[str, torch.Tensor]:
     """Which layers go: those with the least influence."""
+    dropped = round(sparsity * len(found))
+    if not dropped:
+        raise MemcompileError(
+            "MC305",
+            f"weights.prune: sparsity {sparsity} of {len(found)} layers is none",
+            fix="raise sparsity, or name more layers",
+        )
     least = sorted(found, key=lambda name: float(found[name]))[:dropped]
     verdicts = {name.replace("/influence", "/dropped"): torch.tensor(name in least) for name in found}
     return {**found, **verdicts}

@@ -150,14 +150,14 @@ def layer_regions(graph_module: fx.GraphModule) -> list[LayerRegion]:
             products[region.layer].append(region)
     found = []
     for layer, members in sorted(products.items()):
-        blocks = [block for member in members if (block := _addition(member.node)) is not None]
+        blocks = [block for member in members if (block := addition_of(member.node)) is not None]
         if blocks:
             path = _common_path([member.path for member in members], layer)
             found.append(LayerRegion(path, path, layer, tuple(blocks), tuple(members)))
     return found
 
 
-def _addition(product: fx.Node) -> Block | None:
+def addition_of(product: fx.Node) -> Block | None:
     """The addition that takes a product to the residual stream."""
     node = product
     while len(node.users) == 1:

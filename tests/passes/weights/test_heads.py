@@ -127,9 +127,11 @@ def test_layers_may_keep_different_numbers_of_heads_and_at_least_one(tmp_path: P
     torch.testing.assert_close(run(graph, rows)[0], want[0], atol=1e-5, rtol=0)
 
 
-def test_units_are_ranked_over_all_layers_by_their_share_of_the_layer() -> None:
-    scores = {"0": torch.tensor([1.0, 100.0]), "1": torch.tensor([0.3, 0.2, 0.01])}
+def test_units_are_ranked_over_all_layers() -> None:
+    scores = {"0": torch.tensor([0.1, 100.0]), "1": torch.tensor([0.3, 0.2, 0.01])}
     assert choose(scores, {"0": 1, "1": 1}, 0.4) == {"0": [1], "1": [0, 1]}
+    # the best unit of a layer stays whatever it is worth
+    assert choose(scores, {"0": 1, "1": 1}, 0.99) == {"0": [1], "1": [0]}
     # a unit of two heads counts as two, and one that no longer fits stays
     assert choose(scores, {"0": 2, "1": 1}, 0.15) == {"0": [0, 1], "1": [0, 1]}
     with pytest.raises(MemcompileError, match=r"MC305 .* of 7 query heads in 2 layers is 0, and at least 1"):
