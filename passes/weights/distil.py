@@ -130,7 +130,7 @@ class _Student:
                 group["lr"] = recipe.learning_rate * (1 - step / recipe.steps)
             optimizer.zero_grad(set_to_none=True)
             with torch.enable_grad():
-                _divergence(teacher, self.runner, windows[step % len(windows)]).backward()
+                torch.autograd.backward(_divergence(teacher, self.runner, windows[step % len(windows)]))
             torch.nn.utils.clip_grad_norm_(leaves, GRADIENT_NORM)
             optimizer.step()
             done = step + 1

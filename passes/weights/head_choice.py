@@ -122,8 +122,8 @@ def _shares_of_the_stream(
         weight = region.reader.stored
         assert weight is not None
         inputs, biases = inputs_of(node, windows)
-        by_unit = weight.float().unflatten(-1, (region.units, -1))
-        units = [x.float().unflatten(-1, (region.units, -1)) for x in inputs]
+        by_unit = weight.float().reshape(len(weight), region.units, -1)
+        units = [x.float().reshape(*x.shape[:-1], region.units, -1) for x in inputs]
         outputs = products_of(inputs, biases, weight)
         squares = [
             _squares(x[..., unit, :] @ by_unit[:, unit].T for x in units) for unit in range(region.units)

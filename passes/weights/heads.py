@@ -149,25 +149,26 @@ class _Trace:
         if node in self.axes:
             return "" if self.axes[node] == axis else self._unknown(node)
         self.axes[node] = axis
-        value, x, target = node.meta.get("val"), node.args[0] if node.args else None, node.target
+        arguments: Any = node.args
+        value, x, target = node.meta.get("val"), arguments[0] if arguments else None, node.target
         if not isinstance(x, fx.Node | list) or not isinstance(value, torch.Tensor):
             return self._unknown(node)
         last = value.ndim - 1
         if target in ELEMENTWISE:
             return self._operands(node, axis, last)
-        if target is aten.cat.default and isinstance(x, list) and node.args[1] % value.ndim != axis:
+        if target is aten.cat.default and isinstance(x, list) and arguments[1] % value.ndim != axis:
             return next((reason for part in x if (reason := self.heads(part, axis))), "")
         if not isinstance(x, fx.Node):
             return self._unknown(node)
         if target is aten.transpose.int:
-            first, second = (int(dim) % value.ndim for dim in node.args[1:3])
+            first, second = (int(dim) % value.ndim for dim in arguments[1:3])
             return self.heads(x, {first: second, second: first}.get(axis, axis))
         if target is aten.permute.default:
-            return self.heads(x, int(node.args[1][axis]) % value.ndim)
+            return self.heads(x, int(arguments[1][axis]) % value.ndim)
         alone = target in (*_ALONE, torch.ops.memcompile.rotary.default) or _norms_last(node)
         if alone and axis != last:
             return self.heads(x, axis)
-        if target is aten.slice.Tensor and int(node.args[1]) % value.ndim != axis:
+        if target is aten.slice.Tensor and int(arguments[1]) % value.ndim != axis:
             return self.heads(x, axis)
         given = x.meta["val"].shape
         splits = (
@@ -190,27 +191,28 @@ class _Trace:
             self.maker, self.begin = self.products[node], begin
             return "" if same else self._unknown(node)
         self.axes[node] = None
-        x, target = node.args[0] if node.args else None, node.target
+        arguments: Any = node.args
+        x, target = arguments[0] if arguments else None, node.target
         if target in _NORMS:
             return f"its {self.what} are normalised over all heads together"
         if not isinstance(x, fx.Node):
             return self._unknown(node)
         if target is operator.getitem and x.target in _SPLITS:
             self.axes[x] = None
-            return self._split(x, int(node.args[1]), begin)
+            return self._split(x, int(arguments[1]), begin)
         value = node.meta["val"]
-        if target is aten.slice.Tensor and len(node.args) < 5 and node.args[1] in (-1, value.ndim - 1):
-            first = int(node.args[2] or 0) if len(node.args) > 2 else 0
+        if target is aten.slice.Tensor and len(arguments) < 5 and arguments[1] in (-1, value.ndim - 1):
+            first = int(arguments[2] or 0) if len(arguments) > 2 else 0
             return self._flat(x, begin + first % x.meta["val"].shape[-1])
         keeps = x.meta["val"].shape[-1] == value.shape[-1]
         alone = target in _ALONE or (target in ELEMENTWISE and node.all_input_nodes == [x])
         return self._flat(x, begin) if keeps and (target in RESHAPES or alone) else self._unknown(node)
 
     def _split(self, node: fx.Node, index: int, begin: int) -> str:
-        x = node.args[0]
-        assert isinstance(x, fx.Node)
+        arguments: Any = node.args
+        x = arguments[0]
         value = x.meta["val"]
-        dim = int(node.args[2]) if len(node.args) > 2 else int(node.kwargs.get("dim", 0))
+        dim = int(arguments[2] if len(arguments) > 2 else argument(node, "dim"))
         if dim % value.ndim != value.ndim - 1:
             return self._unknown(node)
         parts = [int(part.shape[-1]) for part in node.meta["val"]]
@@ -222,9 +224,10 @@ class _Trace:
 
 def _norms_last(node: fx.Node) -> bool:
     """Whether a node normalises its last axis, and that alone."""
+    arguments: Any = node.args
     if node.target is aten.layer_norm.default:
-        return len(node.args[1]) == 1
-    return node.target in _NORMS and node.args[1].meta["val"].ndim == 1
+        return len(arguments[1]) == 1
+    return node.target in _NORMS and bool(arguments[1].meta["val"].ndim == 1)
 
 
 def _follow(
@@ -240,6 +243,7 @@ def _follow(
         if len(node.users) != 1:
             return (), None, "something else reads what its heads give"
         (user,) = node.users
+        arguments: Any = user.args
         if user in products and flat and operands(user)[0] is node:
             return tuple(after), products[user], ""
         value = user.meta.get("val")
@@ -248,10 +252,10 @@ def _follow(
         if user.target is operator.getitem or user.target in _ALONE:
             pass
         elif not flat and user.target is aten.transpose.int:
-            first, second = (int(dim) % value.ndim for dim in user.args[1:3])
+            first, second = (int(dim) % value.ndim for dim in arguments[1:3])
             axis = {first: second, second: first}.get(axis, axis)
         elif not flat and user.target is aten.permute.default:
-            axis = [int(dim) % value.ndim for dim in user.args[1]].index(axis)
+            axis = [int(dim) % value.ndim for dim in arguments[1]].index(axis)
         elif user.target in RESHAPES and value.shape[-1] == _flat_width(node, axis, flat):
             flat = True
         else:

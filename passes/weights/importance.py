@@ -263,7 +263,7 @@ def fitted_columns(weight: torch.Tensor, hessian: torch.Tensor, keep: torch.Tens
     """The columns `keep` of a weight [N,K], fitted to the whole product in least squares; float32."""
     within = hessian[keep][:, keep].double()
     within.diagonal().add_(DAMP * within.diagonal().mean().clamp(min=1e-12))
-    fitted = torch.linalg.solve(within, (weight.double() @ hessian[:, keep].double()).T).T
+    fitted: torch.Tensor = torch.linalg.solve(within, (weight.double() @ hessian[:, keep].double()).T).T
     return fitted.float().contiguous()
 
 
@@ -285,7 +285,7 @@ def taylor_scores(
         weight, name = reader.stored, names[reader.region]
         assert weight is not None
         by_column = (gradient.flatten(0, -2).float() @ weight.float()) * x.flatten(0, -2).float()
-        by_unit = by_column.unflatten(-1, (-1, unit_columns.get(name, 1))).sum(-1).pow(2).sum(0)
+        by_unit = by_column.reshape(len(by_column), -1, unit_columns.get(name, 1)).sum(-1).pow(2).sum(0)
         scores[name] = scores[name] + by_unit if name in scores else by_unit
 
     windows = data.windows[:WINDOWS]
