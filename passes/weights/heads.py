@@ -156,7 +156,7 @@ class _Trace:
         last = value.ndim - 1
         if target in ELEMENTWISE:
             return self._operands(node, axis, last)
-        if target is aten.cat.default and isinstance(x, list) and arguments[1] % value.ndim != axis:
+        if target is aten.cat.default and isinstance(x, list) and argument(node, "dim") % value.ndim != axis:
             return next((reason for part in x if (reason := self.heads(part, axis))), "")
         if not isinstance(x, fx.Node):
             return self._unknown(node)
@@ -178,7 +178,8 @@ class _Trace:
 
     def _operands(self, node: fx.Node, axis: int, last: int) -> str:
         for operand in node.all_input_nodes:
-            shape = operand.meta["val"].shape
+            # a size has no shape, and no heads
+            shape = getattr(operand.meta.get("val"), "shape", ())
             place = axis - last - 1 + len(shape)
             if place >= 0 and shape[place] != 1 and (reason := self.heads(operand, place)):
                 return reason

@@ -77,3 +77,10 @@ def test_artifact_and_torch_program_agree(name: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(
             session.decode(state, tokens), judge.decode(expected_state, tokens), atol=atol
         )
+
+
+def test_layers_of_different_heads_run_without_the_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memcompile.runtime.session.find_library", lambda: None)
+    test_artifact_and_torch_program_agree("heads of int8", tmp_path)
