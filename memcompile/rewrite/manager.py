@@ -276,11 +276,15 @@ class _Run:
     def run(
         self, data: CalibrationData | None, original: fx.GraphModule | None, progress: Progress
     ) -> PassOutcome:
+        """Select, check, calibrate, rewrite, recover. original: the graph before any pass, to recover by."""
         before = graph_lines(self.graph_module)
         selected = select(self.graph_module, self.entry, self.rewrite_pass)
         accepted, refusals = self._check(selected)
         if graph_lines(self.graph_module) != before:
             raise self._broke("check changed the graph")
+        recovers = bool(accepted) and self.rewrite_pass.recovers(self.entry.config)
+        if recovers:
+            data = self._required(data)
         calibration = self._calibrate(accepted, data, progress)
         # before rewriting: a pass may erase the node a region is read from
         cost = self._cost(accepted)
@@ -289,9 +293,9 @@ class _Run:
         for region, facts in accepted:
             statistics = {} if calibration is None else calibration.statistics.get(region.region, {})
             decisions += self._rewrite(region, facts, statistics)
-        if accepted and original is not None and self.rewrite_pass.recovers(self.entry.config):
+        if recovers and original is not None and data is not None:
             verify(self.graph_module, self.entry.name)
-            decisions += self._recover(original, self._required(data), progress)
+            decisions += self._recover(original, data, progress)
         if accepted:
             verify(self.graph_module, self.entry.name)
             self._compare(before, self.journal.since(written))

@@ -9,7 +9,7 @@ weights are read when they are needed, forwards and backwards.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import torch
@@ -56,8 +56,8 @@ def distil(
 ) -> None:
     """Train `graph_module` to the predictions of `original`; zeros of its matrices stay zeros.
 
-    Every step reads one window; the last windows are kept back, and the divergence on them, before and after,
-    is recorded as a decision. If it did not fall, the weights stay as they were. The same data and weights
+    Every step reads one window; the last windows are kept back (unless there is only one), and the divergence
+    on them, before and after, is recorded as a decision. If it did not fall, the weights stay as they were. The same data and weights
     give the same result; a run that was stopped goes on from its last checkpoint in the calibration cache.
 
     Raises:
@@ -69,7 +69,9 @@ def distil(
     teacher = _Runner(original, {})
     student = _Student(graph_module, names)
     settings = ("distil", VERSION, recipe, names, digest_of(original, (), data))
-    cache = MeasurementCache.at(data.cache, digest_of(graph_module, settings, data))
+    # what the pruned weights are is not in a digest of the model
+    pruned = replace(data, model_digest="")
+    cache = MeasurementCache.at(data.cache, digest_of(graph_module, settings, pruned))
     cache.describe({"version": VERSION, "statistic": repr(recipe), "windows": len(data.windows)})
     before = _mean(_divergence(teacher, student.runner, window) for window in data.windows[-held:])
     student.train(recipe, windows, teacher, cache, progress)
@@ -78,7 +80,7 @@ def distil(
         f"{recipe.steps} steps on {len(names)} tensors ({student.count} numbers): the divergence from the "
         f"original was {before:.4g} nats a token, and is {after:.4g}"
     )
-    if after >= before:
+    if not after < before:
         emit.decide(f"{told}; the weights stay as they were")
         return
     emit.decide(told)

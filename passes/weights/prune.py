@@ -74,7 +74,7 @@ class PruneConfig(PassConfig):
         default=100, description="recover: steps, each on one window of the text"
     )
     recover_learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=1e-4, description="recover: that of AdamW at the first step; it falls to 0 in a line"
+        default=3e-4, description="recover: that of AdamW at the first step; it falls to 0 in a line"
     )
     recover_parameters: Literal["norms", "pruned", "all"] = Field(
         default="pruned",
