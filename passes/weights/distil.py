@@ -57,8 +57,9 @@ def distil(
     """Train `graph_module` to the predictions of `original`; zeros of its matrices stay zeros.
 
     Every step reads one window; the last windows are kept back (unless there is only one), and the divergence
-    on them, before and after, is recorded as a decision. If it did not fall, the weights stay as they were. The same data and weights
-    give the same result; a run that was stopped goes on from its last checkpoint in the calibration cache.
+    on them, before and after, is recorded as a decision. If it did not fall, the weights stay as they were.
+    The same data and weights give the same result; a run that was stopped goes on from its last checkpoint in
+    the calibration cache.
 
     Raises:
         MemcompileError: MC116, the model gives no logits; MC305, there is nothing to train.

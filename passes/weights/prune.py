@@ -189,8 +189,8 @@ class PruneWeights(Pass[PrunedRegion, PruneConfig, PruneFacts]):
             {"granularity": "heads", "sparsity": 0.1, "criterion": "taylor", "refit": True},
             "Michel et al. 2019, Are Sixteen Heads Really Better than One?, arXiv:1905.10650",
             "A tenth of the heads goes by their Taylor term, here squared, by drawn tokens; the product that "
-            "reads them is fitted again. The paper takes single heads; here heads that share keys and values "
-            "go together.",
+            "reads them is fitted again. The paper takes single heads, and divides by the norm of a layer's "
+            "terms; here heads that share keys and values go together, and layers compare as they are.",
         ),
         "llm_pruner": Preset(
             {"granularity": "heads", "sparsity": 0.2, "criterion": "taylor", "recover": "distil"},

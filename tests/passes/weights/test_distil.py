@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,18 @@ def test_the_same_data_gives_the_same_weights_and_a_stopped_run_goes_on(
     for other in found[1:]:
         assert other.keys() == found[0].keys()
         assert all(torch.equal(tensor, found[0][name]) for name, tensor in other.items())
+
+
+def test_what_was_trained_is_remembered_for_these_zeros_only(tmp_path: Path) -> None:
+    data = replace(text(tmp_path), model_digest="the same model")
+    zeros = []
+    for sparsity in (0.5, 0.3):
+        graph = llama()
+        apply(graph, [entry("weights.prune", **RECOVER, sparsity=sparsity)], calibration=data)
+        (product,) = (region for region in weight_regions(graph) if region.region.endswith("0.mlp.up_proj"))
+        assert product.stored is not None
+        zeros.append(float((product.stored == 0).float().mean()))
+    assert zeros == pytest.approx([0.5, 0.3], abs=0.01)
 
 
 class Stopping:
