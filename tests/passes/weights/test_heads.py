@@ -179,13 +179,12 @@ def test_refuses_heads_that_another_run_has_settled(later: Any, why: str, tmp_pa
 def test_refuses_heads_that_something_else_reads(tmp_path: Path) -> None:
     graph = captured_tiny("llama").graph
     (first, second) = head_regions(graph)
-    for region, node in ((first, first.sources[1].maker.node), (second, second.after[-1])):
+    for node in (first.sources[1].maker.node, second.after[-1]):
         with graph.graph.inserting_after(node):
             other = graph.graph.call_function(torch.ops.aten.neg.default, (node,))
         other.meta.update(node.meta)
         output = next(n for n in graph.graph.nodes if n.op == "output")
         output.args = ((*output.args[0], other),)  # type: ignore[misc]
-        del region
     result = apply(graph, [entry("weights.prune", **HEADS)], calibration=text(tmp_path), strict=False)
     assert [refusal.reason for refusal in result.refusals] == [
         "something else reads its queries, keys or values too",
