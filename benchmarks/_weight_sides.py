@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,13 +20,17 @@ RIVALS: Final = ("openvino", "genai_int4")
 CALIBRATION: Final = {"text": str(ROOT / "examples" / "texts" / "emma.txt.xz"), "tokens": 8192}
 
 
-def _quantized(*passes: dict[str, Any]) -> dict[str, Any]:
-    """Sections of a plan that quantises the floats a file stands for."""
+def _from_floats(name: str, *passes: dict[str, Any]) -> dict[str, Any]:
+    """Sections of a plan that rewrites the floats a file stands for."""
     return {
         "model": {"weights": "float32"},
         "data": {"calibration": CALIBRATION},
-        "passes": [{"weights.quantize": one} for one in passes],
+        "passes": [{name: one} for one in passes],
     }
+
+
+_quantized = functools.partial(_from_floats, "weights.quantize")
+_pruned = functools.partial(_from_floats, "weights.prune")
 
 
 def _layers(**config: Any) -> dict[str, Any]:
@@ -50,6 +55,8 @@ PLANS: Final[dict[str, dict[str, Any]]] = {
     "int4_awq_gptq": _layers(preset="int4_awq_gptq"),
     "int4_offsets": _layers(preset="int4", zero_point="float"),
     "mixed_5bit": _quantized({"preset": "mixed_5bit"}),
+    "heads_10pc": _pruned({"preset": "taylor_heads"}),
+    "heads_10pc_distilled": _pruned({"preset": "taylor_heads", "recover": "distil", "recover_steps": 40}),
     "gguf": {"model": {"weights": "stored", "activations": "float"}},
     "gguf_int8": {"model": {"weights": "stored", "activations": "int8"}},
     "gguf_int8_kv8": {

@@ -87,7 +87,8 @@ def _try(graph: Any, one: Loaded, plan: Plan) -> tuple[dict[str, Any], dict[str,
         else:
             matched[region.region] = rewrite_pass.cost(region, facts, plan.workload).state_bytes
     # what needs calibration cannot be written yet; the rest is, so that later passes see it
-    if matched and not rewrite_pass.needs_calibration(entry.config):
+    needs_text = rewrite_pass.needs_calibration(entry.config) or rewrite_pass.recovers(entry.config)
+    if matched and not needs_text:
         apply(graph, [entry], workload=plan.workload, strict=False)
     problem = problem or _problem(one, plan, len(matched), refusals)
     told = {

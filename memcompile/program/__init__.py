@@ -5,7 +5,8 @@ from __future__ import annotations
 from memcompile.frontend.captured import Captured
 from memcompile.program.compress import make_compress
 from memcompile.program.program import PLAIN_GROUP, PositionGroup, Program, StateSpec
-from memcompile.program.stateful import copy_graph, make_step, without_choices
+from memcompile.program.stateful import make_step, without_choices
+from memcompile.regions import copy_graph
 
 __all__ = [
     "PLAIN_GROUP", "PositionGroup", "Program", "StateSpec", "build_program", "copy_graph", "without_choices",

@@ -5,7 +5,6 @@ The law: `step(a + b) == step(b, state after step(a))` for every split, and `ste
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +14,14 @@ from torch import fx
 
 from memcompile.errors import MemcompileError
 from memcompile.program.program import PLAIN_GROUP, PositionGroup, Program, StateSpec
-from memcompile.regions import AttentionRegion, FfnRegion, argument, attention_regions, ffn_regions
+from memcompile.regions import (
+    AttentionRegion,
+    FfnRegion,
+    argument,
+    attention_regions,
+    copy_graph,
+    ffn_regions,
+)
 
 
 def assign_groups(regions: list[AttentionRegion]) -> tuple[tuple[PositionGroup, ...], dict[str, str]]:
@@ -198,18 +204,6 @@ def without_choices(program: Program) -> Program:
             ffn.node.meta.pop("counted", None)
     forward.recompile()
     return make_step(replace(program, forward=forward))
-
-
-def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of the graph over the same parameters; node facts (`meta`) are kept."""
-    graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    result = graph.graph_copy(graph_module.graph, mapping)
-    old_output = next(n for n in graph_module.graph.nodes if n.op == "output")
-    graph.output(result if result is not None else fx.map_arg(old_output.args[0], lambda n: mapping[n]))
-    for old, new in mapping.items():
-        new.meta = copy.copy(old.meta)
-    return fx.GraphModule(graph_module, graph)
 
 
 class _Placeholders:

@@ -9,6 +9,7 @@ from memcompile.regions.attention import (
     attention_regions,
     read_region,
 )
+from memcompile.regions.copying import copy_graph
 from memcompile.regions.evict import EvictSpec, Scorer
 from memcompile.regions.ffn import FfnRegion, ffn_regions
 from memcompile.regions.masks import Causal, Mask, Padding, Runtime, SlidingWindow, Unmasked
@@ -18,5 +19,5 @@ from memcompile.regions.weights import WeightRegion, weight_regions
 __all__ = [
     "AttentionRegion", "Causal", "EvictSpec", "FfnRegion", "Mask", "ModelFacts", "Padding", "Refusal",
     "Region", "Runtime", "Scorer", "SlidingWindow", "TensorSpec", "Unmasked", "WeightRegion", "argument",
-    "attention_nodes", "attention_regions", "ffn_regions", "read_region", "weight_regions",
+    "attention_nodes", "attention_regions", "copy_graph", "ffn_regions", "read_region", "weight_regions",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from memcompile.calibrate.collect import Calibration, CalibrationData
 from memcompile.dialect import Cost
 from memcompile.errors import MemcompileError
 from memcompile.progress import SILENT, Progress
-from memcompile.regions import AttentionRegion, Refusal, Region, attention_regions
+from memcompile.regions import AttentionRegion, Refusal, Region, attention_regions, copy_graph
 from memcompile.rewrite.emit import Decision, Emit
 from memcompile.rewrite.entry import PassEntry, Workload
 from memcompile.rewrite.fingerprint import graph_lines
@@ -111,6 +111,8 @@ def apply(
     """
     loaded = [(entry, load_pass(entry.name, where=entry.where or None)) for entry in entries]
     _refuse_overlaps(graph_module, loaded)
+    recovering = any(one.recovers(entry.config) for entry, one in loaded)
+    original = copy_graph(graph_module) if recovering else None
     journal = Journal()
     outcomes: list[PassOutcome] = []
     for entry, rewrite_pass in ordered(loaded):
@@ -118,7 +120,7 @@ def apply(
         if strict:
             _refuse_idle(entry, rewrite_pass, workload)
         run = _Run(graph_module, entry, rewrite_pass, workload, journal)
-        outcome = run.run(calibration, progress)
+        outcome = run.run(calibration, original, progress)
         if strict:
             _require_coverage(outcome, rewrite_pass)
         outcomes.append(outcome)
@@ -271,12 +273,18 @@ class _Run:
         self.workload = workload
         self.journal = journal
 
-    def run(self, data: CalibrationData | None, progress: Progress) -> PassOutcome:
+    def run(
+        self, data: CalibrationData | None, original: fx.GraphModule | None, progress: Progress
+    ) -> PassOutcome:
+        """Select, check, calibrate, rewrite, recover. original: the graph before any pass, to recover by."""
         before = graph_lines(self.graph_module)
         selected = select(self.graph_module, self.entry, self.rewrite_pass)
         accepted, refusals = self._check(selected)
         if graph_lines(self.graph_module) != before:
             raise self._broke("check changed the graph")
+        recovers = bool(accepted) and self.rewrite_pass.recovers(self.entry.config)
+        if recovers:
+            data = self._required(data)
         calibration = self._calibrate(accepted, data, progress)
         # before rewriting: a pass may erase the node a region is read from
         cost = self._cost(accepted)
@@ -285,6 +293,9 @@ class _Run:
         for region, facts in accepted:
             statistics = {} if calibration is None else calibration.statistics.get(region.region, {})
             decisions += self._rewrite(region, facts, statistics)
+        if recovers and original is not None and data is not None:
+            verify(self.graph_module, self.entry.name)
+            decisions += self._recover(original, data, progress)
         if accepted:
             verify(self.graph_module, self.entry.name)
             self._compare(before, self.journal.since(written))
@@ -321,16 +332,26 @@ class _Run:
     ) -> Calibration | None:
         if not accepted or not self.rewrite_pass.needs_calibration(self.entry.config):
             return None
-        if data is None:
+        data = self._required(data)
+        progress.stage(f"calibrate for {self.entry.name}")
+        regions = [region for region, _ in accepted]
+        return self.rewrite_pass.calibrate(self.graph_module, regions, self.entry.config, data, progress)
+
+    def _recover(self, original: fx.GraphModule, data: CalibrationData, progress: Progress) -> list[Decision]:
+        progress.stage(f"recover after {self.entry.name}")
+        emit = Emit(self.graph_module, self.entry.name, "model", self.journal)
+        self.rewrite_pass.recover(original, self.graph_module, self.entry.config, data, progress, emit)
+        return emit.decisions
+
+    def _required(self, data: CalibrationData | None) -> CalibrationData:
+        if data is None or not data.windows:
             raise MemcompileError(
                 "MC107",
                 f"data.calibration: {self.entry.name} needs it, and it is missing",
                 where=self.entry.where or None,
                 fix="name a text: data: {calibration: {text: book.txt, tokens: 16384}}",
             )
-        progress.stage(f"calibrate for {self.entry.name}")
-        regions = [region for region, _ in accepted]
-        return self.rewrite_pass.calibrate(self.graph_module, regions, self.entry.config, data, progress)
+        return data
 
     def _rewrite(self, region: Region, facts: Any, statistics: Mapping[str, torch.Tensor]) -> list[Decision]:
         written = len(self.journal.entries)

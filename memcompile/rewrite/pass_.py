@@ -152,6 +152,23 @@ class Pass(ABC, Generic[RegionT, ConfigT, FactsT]):
         """Measure on calibration data what `rewrite` needs; cached by content, resumable."""
         raise NotImplementedError(f"{self.name} takes no calibration")
 
+    def recovers(self, config: ConfigT) -> bool:
+        """Whether `recover` must run after the regions were rewritten; it needs calibration data too."""
+        del config
+        return False
+
+    def recover(
+        self,
+        original: fx.GraphModule,
+        graph_module: fx.GraphModule,
+        config: ConfigT,
+        data: CalibrationData,
+        progress: Progress,
+        emit: Emit,
+    ) -> None:
+        """Train the rewritten graph towards `original`, the model before any pass of the plan."""
+        raise NotImplementedError(f"{self.name} does not recover")
+
     @abstractmethod
     def cost(self, region: RegionT, facts: FactsT, workload: Workload) -> Cost:
         """Predicted cost of decoding one token in the rewritten region after the workload's prompt."""

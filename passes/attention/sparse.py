@@ -147,7 +147,7 @@ class SparseAttention(Pass[AttentionRegion, SparseConfig, SparseFacts]):
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
     order: ClassVar[Order] = Order(
         needs=frozenset({"float_cache"}),
-        after=frozenset({"visibility"}),
+        after=frozenset({"kept_heads", "visibility"}),
         provides=frozenset({"prompt_choice"}),
     )
     presets: ClassVar[Mapping[str, Preset]] = {

@@ -98,7 +98,9 @@ class StaticAttention(Pass[AttentionRegion, StaticConfig, StaticFacts]):
     Config: ClassVar[type[StaticConfig]] = StaticConfig
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
     order: ClassVar[Order] = Order(
-        needs=frozenset({"whole_cache", "float_cache"}), provides=frozenset({"visibility"})
+        needs=frozenset({"whole_cache", "float_cache"}),
+        after=frozenset({"kept_heads"}),
+        provides=frozenset({"visibility"}),
     )
     takes_heads: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Preset]] = {

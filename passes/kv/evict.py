@@ -112,7 +112,7 @@ class EvictTokens(Pass[AttentionRegion, EvictConfig, EvictFacts]):
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
     order: ClassVar[Order] = Order(
         needs=frozenset({"float_cache"}),
-        after=frozenset({"visibility"}),
+        after=frozenset({"kept_heads", "visibility"}),
         provides=frozenset({"kept_tokens"}),
         invalidates=frozenset({"whole_cache"}),
     )

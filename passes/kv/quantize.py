@@ -74,7 +74,7 @@ class QuantizeCache(Pass[AttentionRegion, QuantizeConfig, QuantizeFacts]):
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
     order: ClassVar[Order] = Order(
         needs=frozenset({"float_cache"}),
-        after=frozenset({"visibility", "kept_tokens"}),
+        after=frozenset({"kept_heads", "visibility", "kept_tokens"}),
         provides=frozenset({"cache_bits"}),
         invalidates=frozenset({"float_cache"}),
     )

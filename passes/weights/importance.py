@@ -71,14 +71,14 @@ def masks_by_inputs(
 
     def visit(node: fx.Node, windows: Sequence[tuple[Any, ...]]) -> list[torch.Tensor]:
         region = products[node]
-        inputs, biases = _read(node, windows)
+        inputs, biases = inputs_of(node, windows)
         norm = sum(x.flatten(0, -2).float().pow(2).sum(0) for x in inputs)
         assert isinstance(norm, torch.Tensor)
         weight = region.stored
         assert weight is not None
         keep = mask(weight.float().abs() * norm.sqrt())
         found[f"{region.region}/mask"] = pack_mask(keep)
-        return _products(inputs, biases, weight * keep)
+        return products_of(inputs, biases, weight * keep)
 
     sweep(graph_module, data.windows, products, visit, progress)
     return found
@@ -209,19 +209,17 @@ def channels_to_keep(
     al. 2019, arXiv:1906.10771, by drawn tokens). refit: the columns that stay take over what they can, in the
     least squares of the outputs on the text.
     """
-    scores = _taylor_scores(graph_module, regions, data, progress) if criterion == "taylor" else {}
+    readers = {region.region: region.down for region in regions}
+    scores = taylor_scores(graph_module, readers, {}, data, progress) if criterion == "taylor" else {}
     blocks = {region.node: region for region in regions}
     found: dict[str, torch.Tensor] = {}
 
     def visit(node: fx.Node, windows: Sequence[tuple[Any, ...]]) -> list[torch.Tensor]:
         region = blocks[node]
-        inputs, biases = _read(node, windows)
+        inputs, biases = inputs_of(node, windows)
         down = region.down.stored
         assert down is not None
-        hessian = torch.zeros(region.channels, region.channels)
-        for x in inputs:
-            flat = x.flatten(0, -2).float()
-            hessian += flat.T @ flat
+        hessian = hessian_of(inputs)
         if criterion == "magnitude":
             score = magnitude_of_channels(region)
         elif criterion == "activation":
@@ -231,12 +229,10 @@ def channels_to_keep(
         keep = score.topk(count(region.channels)).indices.sort().values
         fitted = down.float()[:, keep]
         if refit:
-            within = hessian[keep][:, keep].double()
-            within.diagonal().add_(DAMP * within.diagonal().mean().clamp(min=1e-12))
-            fitted = torch.linalg.solve(within, (down.double() @ hessian[:, keep].double()).T).T.float()
+            fitted = fitted_columns(down, hessian, keep)
         found[f"{region.region}/keep"] = keep
         found[f"{region.region}/down"] = fitted.contiguous()
-        return _products([x[..., keep] for x in inputs], biases, fitted)
+        return products_of([x[..., keep] for x in inputs], biases, fitted)
 
     sweep(graph_module, data.windows, blocks, visit, progress)
     return found
@@ -254,21 +250,47 @@ def magnitude_of_channels(region: ChannelsRegion) -> torch.Tensor:
     return score
 
 
-def _taylor_scores(
-    graph_module: fx.GraphModule, regions: Sequence[ChannelsRegion], data: CalibrationData, progress: Progress
-) -> dict[str, torch.Tensor]:
-    names = {region.down.region: region.region for region in regions}
-    scores = {region.region: torch.zeros(region.channels) for region in regions}
+def hessian_of(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of x xᵀ over the tokens of a product's inputs, float32 [K,K]."""
+    hessian = torch.zeros(inputs[0].shape[-1], inputs[0].shape[-1])
+    for x in inputs:
+        flat = x.flatten(0, -2).float()
+        hessian += flat.T @ flat
+    return hessian
 
-    def add(down: WeightRegion, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        weight = down.stored
+
+def fitted_columns(weight: torch.Tensor, hessian: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """The columns `keep` of a weight [N,K], fitted to the whole product in least squares; float32."""
+    within = hessian[keep][:, keep].double()
+    within.diagonal().add_(DAMP * within.diagonal().mean().clamp(min=1e-12))
+    fitted: torch.Tensor = torch.linalg.solve(within, (weight.double() @ hessian[:, keep].double()).T).T
+    return fitted.float().contiguous()
+
+
+def taylor_scores(
+    graph_module: fx.GraphModule,
+    readers: Mapping[str, WeightRegion],
+    unit_columns: Mapping[str, int],
+    data: CalibrationData,
+    progress: Progress,
+) -> dict[str, torch.Tensor]:
+    """What the loss of columns of products is predicted to lose, first order squared, by drawn tokens.
+
+    readers: the products by name; unit_columns: how many neighbouring columns go together, 1 if not given.
+    """
+    names = {reader.region: name for name, reader in readers.items()}
+    scores: dict[str, torch.Tensor] = {}
+
+    def add(reader: WeightRegion, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        weight, name = reader.stored, names[reader.region]
         assert weight is not None
-        by_channel = gradient.flatten(0, -2).float() @ weight.float()
-        scores[names[down.region]] += (by_channel * x.flatten(0, -2).float()).pow(2).sum(0)
+        by_column = (gradient.flatten(0, -2).float() @ weight.float()) * x.flatten(0, -2).float()
+        by_unit = by_column.reshape(len(by_column), -1, unit_columns.get(name, 1)).sum(-1).pow(2).sum(0)
+        scores[name] = scores[name] + by_unit if name in scores else by_unit
 
     windows = data.windows[:WINDOWS]
     for index, window in enumerate(windows):
-        visit_gradients(graph_module, [region.down for region in regions], window, add, seed=index)
+        visit_gradients(graph_module, list(readers.values()), window, add, seed=index)
         progress.update(index + 1, len(windows))
     return scores
 
@@ -314,14 +336,14 @@ class _Streams(fx.Interpreter):
         return value
 
 
-def _read(node: fx.Node, windows: Sequence[tuple[Any, ...]]) -> tuple[list[torch.Tensor], list[Any]]:
+def inputs_of(node: fx.Node, windows: Sequence[tuple[Any, ...]]) -> tuple[list[torch.Tensor], list[Any]]:
     """Inputs and biases of a product in every window."""
     source, bias = operands(node)
     inputs = [window[node.args.index(source)] for window in windows]
     return inputs, [None if bias is None else window[node.args.index(bias)] for window in windows]
 
 
-def _products(
+def products_of(
     inputs: Sequence[torch.Tensor], biases: Sequence[Any], weight: torch.Tensor
 ) -> list[torch.Tensor]:
     return [

@@ -1,4 +1,4 @@
-"""`weights.prune`: take weights, channels of feed-forward blocks, or layers out of the model."""
+"""`weights.prune`: take weights, channels of feed-forward blocks, heads, or layers out of the model."""
 
 from __future__ import annotations
 
@@ -12,27 +12,23 @@ from torch import fx
 
 from memcompile.calibrate.collect import Calibration, CalibrationData
 from memcompile.dialect import Cost
+from memcompile.errors import MemcompileError
 from memcompile.passes.weights import importance
-from memcompile.passes.weights.structure import (
-    ChannelsRegion,
-    LayerRegion,
-    channel_regions,
-    keeps_channels,
-    layer_regions,
-)
+from memcompile.passes.weights.distil import Recipe, distil
+from memcompile.passes.weights.head_choice import heads_to_keep
+from memcompile.passes.weights.heads import HeadsRegion, drop_heads, head_regions
+from memcompile.passes.weights.structure import ChannelsRegion, LayerRegion, channel_regions, layer_regions
+from memcompile.passes.weights.take_out import MARK, drop_channels, drop_layer
 from memcompile.progress import Progress
 from memcompile.regions import Refusal, WeightRegion, weight_regions
+from memcompile.rewrite.costs import decode_cost
 from memcompile.rewrite.emit import Emit
 from memcompile.rewrite.entry import Workload
 from memcompile.rewrite.pass_ import NO_CONTEXT, Context, Exactness, Order, Pass, PassConfig, Preset
-from memcompile.weights.place import operands
 from memcompile.weights.prune import mask_n_of_m, mask_of_blocks, mask_of_weights, unpack_mask
 
-Granularity = Literal["weights", "n_of_m", "blocks", "channels", "layers"]
-PrunedRegion = WeightRegion | ChannelsRegion | LayerRegion
-aten: Any = torch.ops.aten
-# what the node that was pruned is marked with
-_MARK = "pruned"
+Granularity = Literal["weights", "n_of_m", "blocks", "channels", "heads", "layers"]
+PrunedRegion = WeightRegion | ChannelsRegion | HeadsRegion | LayerRegion
 # channels stay in multiples of this, where there are as many: blocks of codes are 32 wide
 _MULTIPLE = 32
 
@@ -43,11 +39,12 @@ class PruneConfig(PassConfig):
     granularity: Granularity = Field(
         default="weights",
         description="single weights, all but n of m neighbours, square blocks (these become zeros), channels "
-        "of feed-forward blocks, or layers (these are taken out of the model)",
+        "of feed-forward blocks, heads with their keys and values, or layers (these leave the model)",
     )
     sparsity: Annotated[float, Field(ge=0, le=0.99)] = Field(
         default=0.5,
-        description="the share that goes; of n_of_m it is 1 - n/m, whatever is given here, unless 0",
+        description="the share that goes; of n_of_m it is 1 - n/m, whatever is given here, unless 0; of "
+        "heads and layers it is of all of them together",
     )
     n: Annotated[int, Field(ge=1, le=64)] = Field(default=2, description="granularity n_of_m: how many stay")
     m: Annotated[int, Field(ge=2, le=64)] = Field(default=4, description="granularity n_of_m: of how many")
@@ -64,9 +61,26 @@ class PruneConfig(PassConfig):
     )
     refit: bool = Field(
         default=False,
-        description="granularity channels: fit the product that reads them again, on calibration text",
+        description="granularity channels or heads: fit the product that reads them again, on calibration "
+        "text",
     )
     lm_head: bool = Field(default=False, description="prune the product that gives the logits")
+    recover: Literal["none", "distil"] = Field(
+        default="none",
+        description="train what is left on calibration text: distil, to give the predictions that the model "
+        "of the plan gives before any pass",
+    )
+    recover_steps: Annotated[int, Field(ge=1, le=100_000)] = Field(
+        default=100, description="recover: steps, each on one window of the text"
+    )
+    recover_learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=3e-4, description="recover: that of AdamW at the first step; it falls to 0 in a line"
+    )
+    recover_parameters: Literal["norms", "pruned", "all"] = Field(
+        default="pruned",
+        description="recover: train the weights of the norms, the tensors that were pruned, or every float "
+        "weight but embedding and head; in memory they take 16 bytes a number",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> PruneConfig:
@@ -74,10 +88,14 @@ class PruneConfig(PassConfig):
             raise ValueError(f"n of m: n is {self.n} and m is {self.m}, so nothing would go")
         if self.knee and (self.granularity, self.criterion) != ("weights", "magnitude"):
             raise ValueError("knee: it is searched for granularity weights by criterion magnitude")
-        if self.refit and self.granularity != "channels":
-            raise ValueError("refit: it is for granularity channels")
+        if self.refit and self.granularity not in ("channels", "heads"):
+            raise ValueError("refit: it is for granularity channels or heads")
         if self.granularity == "layers" and self.criterion != "activation":
             raise ValueError("granularity layers: its criterion is activation")
+        if self.granularity == "heads" and self.criterion == "magnitude":
+            raise ValueError("granularity heads: its criterion is activation or taylor")
+        if self.granularity == "layers" and self.recover != "none" and self.recover_parameters == "pruned":
+            raise ValueError("recover_parameters: of a layer that went nothing is left to train")
         return self
 
 
@@ -105,26 +123,34 @@ class PruneFacts:
 
 
 class PruneWeights(Pass[PrunedRegion, PruneConfig, PruneFacts]):
-    """Set weights to zero, or take channels of feed-forward blocks and layers out of the model.
+    """Set weights to zero, or take channels of feed-forward blocks, heads and layers out of the model.
 
-    Rewrites:  the weights of linear layers (the head if asked for), feed-forward blocks, or layers, by
-               `granularity`; `layers` narrows it.
-    Needs:     calibration text for criteria activation and taylor, for `knee` and for `refit`; logits for
-               taylor and knee.
-    Refuses:   weights that are computed at run time or already quantised, what was pruned before.
-    Loses:     what is taken out. A small model breaks early: look for the knee, or set a gate.
+    Rewrites:  the weights of linear layers (the head if asked for), feed-forward blocks, attention, or
+               layers, by `granularity`; `layers` narrows it. Query heads that share keys and values go with
+               them; where all share one, single query heads go and the cache stays. Layers may be left
+               with different numbers of heads, at least one; later passes count those that stay.
+    Needs:     calibration text for criteria activation and taylor, for `knee`, `refit` and `recover`; logits
+               for taylor, knee and recover.
+    Refuses:   weights that are computed at run time or already quantised, what was pruned before; heads that
+               are normalised together, that something else reads, or whose way from and to the products
+               around them is not understood; layers with one head.
+    Loses:     what is taken out. A small model breaks early: look for the knee, recover, or set a gate.
     Costs:     zeros are stored and multiplied as other weights are: they save nothing by themselves, and stay
-               zeros in codes without float zero points. Channels and layers shrink file, memory and work;
-               a layer also takes its cache along.
+               zeros in codes without float zero points. Channels, heads and layers shrink file, memory and
+               work; heads and layers also take their cache along. A step of recovery takes about as long as
+               reading its window four times.
     Identity:  sparsity 0.
-    Presets:   essential_sparsity, essential_2_4, wanda, wanda_2_4, lpvit, taylor_channels, shortgpt
+    Presets:   essential_sparsity, essential_2_4, wanda, wanda_2_4, lpvit, taylor_channels, taylor_heads,
+               llm_pruner, shortgpt
     """
 
     name: ClassVar[str] = "weights.prune"
     Config: ClassVar[type[PruneConfig]] = PruneConfig
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
-    order: ClassVar[Order] = Order(needs=frozenset({"float_weights"}), provides=frozenset({"weight_zeros"}))
-    region_kind: ClassVar[str] = "linear layer, feed-forward block or layer"
+    order: ClassVar[Order] = Order(
+        needs=frozenset({"float_weights"}), provides=frozenset({"weight_zeros", "kept_heads"})
+    )
+    region_kind: ClassVar[str] = "linear layer, feed-forward block, attention or layer"
     presets: ClassVar[Mapping[str, Preset]] = {
         "essential_sparsity": Preset(
             {"granularity": "weights", "criterion": "magnitude", "knee": True},
@@ -159,6 +185,21 @@ class PruneWeights(Pass[PrunedRegion, PruneConfig, PruneFacts]):
             "A quarter of the feed-forward channels goes by its Taylor term; the product that reads them is "
             "fitted again instead of being trained.",
         ),
+        "taylor_heads": Preset(
+            {"granularity": "heads", "sparsity": 0.1, "criterion": "taylor", "refit": True},
+            "Michel et al. 2019, Are Sixteen Heads Really Better than One?, arXiv:1905.10650",
+            "A tenth of the heads goes by their Taylor term, here squared, by drawn tokens; the product that "
+            "reads them is fitted again. The paper takes single heads, and divides by the norm of a layer's "
+            "terms; here heads that share keys and values go together, and layers compare as they are.",
+        ),
+        "llm_pruner": Preset(
+            {"granularity": "heads", "sparsity": 0.2, "criterion": "taylor", "recover": "distil"},
+            "Ma et al. 2023, LLM-Pruner, arXiv:2305.11627",
+            "A fifth of the heads goes in groups that depend on each other, by gradients, then a short "
+            "training. The paper prunes channels with them, and trains low-rank additions on instructions; "
+            "here the smaller products are trained to the predictions of the whole model. For channels add "
+            "an entry with granularity channels.",
+        ),
         "shortgpt": Preset(
             {"granularity": "layers", "sparsity": 0.1, "criterion": "activation"},
             "Men et al. 2024, ShortGPT, arXiv:2403.03853",
@@ -178,12 +219,20 @@ class PruneWeights(Pass[PrunedRegion, PruneConfig, PruneFacts]):
 
     def regions(self, graph_module: fx.GraphModule) -> Sequence[PrunedRegion]:
         weights = [region for region in weight_regions(graph_module) if region.kind != "embedding"]
-        return [*weights, *channel_regions(graph_module), *layer_regions(graph_module)]
+        return [
+            *weights,
+            *channel_regions(graph_module),
+            *head_regions(graph_module),
+            *layer_regions(graph_module),
+        ]
 
     def selected(self, regions: Sequence[PrunedRegion], config: PruneConfig) -> Sequence[PrunedRegion]:
-        kind: type[Any] = {"channels": ChannelsRegion, "layers": LayerRegion}.get(
-            config.granularity, WeightRegion
-        )
+        kinds: dict[str, type[Any]] = {
+            "channels": ChannelsRegion,
+            "heads": HeadsRegion,
+            "layers": LayerRegion,
+        }
+        kind = kinds.get(config.granularity, WeightRegion)
         return [
             region
             for region in regions
@@ -197,8 +246,12 @@ class PruneWeights(Pass[PrunedRegion, PruneConfig, PruneFacts]):
         del context
         if _is_identity(config):
             return self.refuse(region, "sparsity is 0")
-        if _MARK in region.node.meta:
+        if MARK in region.node.meta:
             return self.refuse(region, "it was pruned before")
+        if isinstance(region, HeadsRegion) and region.reason:
+            return self.refuse(region, region.reason)
+        if isinstance(region, HeadsRegion) and region.attention.heads == 1:
+            return self.refuse(region, "it has one head")
         members = _products(region)
         if quantized := [member for member in members if member.bits]:
             return self.refuse(region, f"its weight is already quantised to {quantized[0].bits} bits")
@@ -210,6 +263,21 @@ class PruneWeights(Pass[PrunedRegion, PruneConfig, PruneFacts]):
         by_data = config.criterion != "magnitude" or config.knee or config.refit
         return by_data and not _is_identity(config)
 
+    def recovers(self, config: PruneConfig) -> bool:
+        return config.recover != "none" and not _is_identity(config)
+
+    def recover(
+        self,
+        original: fx.GraphModule,
+        graph_module: fx.GraphModule,
+        config: PruneConfig,
+        data: CalibrationData,
+        progress: Progress,
+        emit: Emit,
+    ) -> None:
+        recipe = Recipe(config.recover_steps, config.recover_learning_rate, config.recover_parameters)
+        distil(original, graph_module, recipe, data, progress, emit)
+
     def calibrate(
         self,
         graph_module: fx.GraphModule,
@@ -219,7 +287,8 @@ class PruneWeights(Pass[PrunedRegion, PruneConfig, PruneFacts]):
         progress: Progress,
     ) -> Calibration:
         facts = PruneFacts(config)
-        settings = (config, [region.region for region in regions])
+        measured = config.model_dump(exclude={key for key in PruneConfig.model_fields if "recover" in key})
+        settings = (measured, [region.region for region in regions])
 
         def measure() -> Mapping[str, torch.Tensor]:
             weights = [region for region in regions if isinstance(region, WeightRegion)]
@@ -235,10 +304,20 @@ class PruneWeights(Pass[PrunedRegion, PruneConfig, PruneFacts]):
                     data=data,
                     progress=progress,
                 )
+            if config.granularity == "heads":
+                return heads_to_keep(
+                    graph_module,
+                    [region for region in regions if isinstance(region, HeadsRegion)],
+                    config.sparsity,
+                    criterion=config.criterion,
+                    refit=config.refit,
+                    data=data,
+                    progress=progress,
+                )
             if config.granularity == "layers":
                 layers = [region for region in regions if isinstance(region, LayerRegion)]
                 found = importance.influence_of_layers(graph_module, layers, data, progress)
-                return _with_verdicts(found, round(config.sparsity * len(layers)))
+                return _with_verdicts(found, config.sparsity)
             if config.criterion == "taylor":
                 return importance.masks_by_gradients(graph_module, weights, facts.mask, data, progress)
             return importance.masks_by_inputs(graph_module, weights, facts.mask, data, progress)
@@ -250,6 +329,8 @@ class PruneWeights(Pass[PrunedRegion, PruneConfig, PruneFacts]):
             _drop_layer(region, emit)
         elif isinstance(region, ChannelsRegion):
             _drop_channels(region, facts, emit)
+        elif isinstance(region, HeadsRegion):
+            _drop_heads(region, emit)
         else:
             _zero_weights(region, facts, emit)
 
@@ -258,8 +339,14 @@ class PruneWeights(Pass[PrunedRegion, PruneConfig, PruneFacts]):
         share = 1.0
         if isinstance(region, ChannelsRegion):
             share = facts.channels(region.channels) / region.channels
-        elif isinstance(region, LayerRegion):
+        elif isinstance(region, HeadsRegion | LayerRegion):
             share = 1 - facts.config.sparsity
+        if isinstance(region, HeadsRegion):
+            whole = decode_cost(region.attention, workload)
+            stays = 1.0 if region.attention.kv_heads == 1 else share
+            total = Cost(
+                int(share * whole.flops), int(stays * whole.bytes_moved), int(stays * whole.state_bytes)
+            )
         for member in _products(region):
             element = member.node.meta["val"].element_size()
             numbers = int(share * member.rows * member.width)
@@ -282,8 +369,15 @@ def _by_magnitude(weight: torch.Tensor, sparsity: float) -> torch.Tensor:
     return weight * mask_of_weights(weight.float().abs(), sparsity, by_row=False)
 
 
-def _with_verdicts(found: Mapping[str, torch.Tensor], dropped: int) -> dict[str, torch.Tensor]:
+def _with_verdicts(found: Mapping[str, torch.Tensor], sparsity: float) -> dict[str, torch.Tensor]:
     """Which layers go: those with the least influence."""
+    dropped = round(sparsity * len(found))
+    if not dropped:
+        raise MemcompileError(
+            "MC305",
+            f"weights.prune: sparsity {sparsity} of {len(found)} layers is none",
+            fix="raise sparsity, or name more layers",
+        )
     least = sorted(found, key=lambda name: float(found[name]))[:dropped]
     verdicts = {name.replace("/influence", "/dropped"): torch.tensor(name in least) for name in found}
     return {**found, **verdicts}
@@ -294,7 +388,7 @@ def _zero_weights(region: WeightRegion, facts: PruneFacts, emit: Emit) -> None:
     assert weight is not None
     config = facts.config
     if "sparsity" in emit.statistics:
-        config = replace_sparsity(config, float(emit.statistics["sparsity"]))
+        config = _at_sparsity(config, float(emit.statistics["sparsity"]))
         emit.decide(f"sparsity {config.sparsity:.2f}: the knee")
     if "mask" in emit.statistics:
         keep = unpack_mask(emit.statistics["mask"], region.width)
@@ -307,10 +401,10 @@ def _zero_weights(region: WeightRegion, facts: PruneFacts, emit: Emit) -> None:
         before=region.node,
     )
     _point_at(region.node, region.weight, stored, emit)
-    emit.mark(region.node, _MARK, config.granularity)
+    emit.mark(region.node, MARK, config.granularity)
 
 
-def replace_sparsity(config: PruneConfig, sparsity: float) -> PruneConfig:
+def _at_sparsity(config: PruneConfig, sparsity: float) -> PruneConfig:
     """The config at another sparsity, the knee having been found."""
     return config.model_copy(update={"sparsity": sparsity, "knee": False})
 
@@ -331,61 +425,21 @@ def _drop_channels(region: ChannelsRegion, facts: PruneFacts, emit: Emit) -> Non
         score = importance.magnitude_of_channels(region)
         keep = score.topk(facts.channels(region.channels)).indices.sort().values
         fitted = down[:, keep]
-    emit.decide(f"{len(keep)} of {region.channels} channels stay")
-    made: dict[fx.Node, fx.Node] = {}
-    for maker in region.makers:
-        weight = maker.stored
-        assert weight is not None
-        made[maker.node] = _smaller(maker, weight[keep], keep, operands(maker.node)[0], emit)
-    for node in region.between:
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: made.get(n, n))
-        if keeps_channels(node, region.channels):
-            shape: Any = args[1]
-            args = (args[0], [*shape[:-1], len(keep)])
-        assert callable(node.target)
-        made[node] = emit.call(node.target, *args, before=region.node, like=node, **kwargs)
-    source = made[operands(region.node)[0]]
-    last = _smaller(region.down, fitted.to(down.dtype), None, source, emit)
-    emit.mark(last, _MARK, "channels")
-    emit.replace_uses(region.node, last)
-    _erase_dead(region.node, emit)
+    drop_channels(region, keep, fitted.to(down.dtype), emit)
 
 
-def _smaller(
-    region: WeightRegion, weight: torch.Tensor, keep: torch.Tensor | None, x: fx.Node, emit: Emit
-) -> fx.Node:
-    """A product like the region's with a smaller weight [n,k] and, of its bias, the rows that stay."""
-    node = region.node
-    bias = operands(node)[1]
-    stored = emit.buffer(
-        f"{region.region}_kept", (weight.t() if region.transposed else weight).contiguous(), before=node
-    )
-    if bias is not None and keep is not None:
-        index = emit.buffer(f"{region.region}_rows", keep, before=node)
-        bias = emit.call(aten.index_select.default, bias, 0, index, before=node)
-    arguments = (bias, x, stored) if region.transposed else (x, stored, bias)
-    return emit.call(node.target, *arguments, before=node, like=node)  # type: ignore[arg-type]
+def _drop_heads(region: HeadsRegion, emit: Emit) -> None:
+    queries = emit.statistics["queries"].tolist()
+    if len(queries) == region.attention.heads:
+        emit.mark(region.node, MARK, "kept whole")
+        return
+    drop_heads(region, queries, emit.statistics.get("out"), emit)
 
 
 def _drop_layer(region: LayerRegion, emit: Emit) -> None:
     influence = float(emit.statistics["influence"])
     if not bool(emit.statistics["dropped"]):
-        emit.mark(region.node, _MARK, f"kept at influence {influence:.3g}")
+        emit.mark(region.node, MARK, f"kept at influence {influence:.3g}")
         return
     emit.decide(f"taken out; its influence was {influence:.3g}")
-    for block in reversed(region.blocks):
-        emit.replace_uses(block.addition, block.stream)
-        _erase_dead(block.addition, emit)
-
-
-def _erase_dead(node: fx.Node, emit: Emit) -> None:
-    """Erase a node that nobody reads, and what only it read."""
-    waiting = [node]
-    erased: set[fx.Node] = set()
-    while waiting:
-        one = waiting.pop()
-        if one in erased or one.users or one.op in ("placeholder", "output"):
-            continue
-        waiting.extend(one.all_input_nodes)
-        emit.erase(one)
-        erased.add(one)
+    drop_layer(region, emit)

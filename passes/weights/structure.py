@@ -15,13 +15,13 @@ from memcompile.weights.place import operands
 
 aten: Any = torch.ops.aten
 # each element of the result depends on the same element of the inputs alone
-_ELEMENTWISE: Final = frozenset(
+ELEMENTWISE: Final = frozenset(
     {
         aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar,
         aten.silu.default, aten.gelu.default, aten.relu.default, aten.sigmoid.default, aten.tanh.default,
     }
 )  # fmt: skip
-_RESHAPES: Final = (aten.view.default, aten.reshape.default)
+RESHAPES: Final = (aten.view.default, aten.reshape.default)
 # what may stand between a product and the addition to the residual stream
 _BETWEEN: Final = frozenset(
     {
@@ -110,10 +110,10 @@ def _trace(
         node = waiting.pop()
         if node in products:
             makers.add(node)
-        elif node.target in _ELEMENTWISE or keeps_channels(node, down.width):
+        elif node.target in ELEMENTWISE or keeps_channels(node, down.width):
             between.add(node)
             # the sizes of a reshape are read from elsewhere
-            sources = node.all_input_nodes if node.target in _ELEMENTWISE else [node.args[0]]
+            sources = node.all_input_nodes if node.target in ELEMENTWISE else [node.args[0]]
             waiting.extend(n for n in sources if isinstance(n, fx.Node) and n not in between)
         else:
             return None
@@ -131,7 +131,7 @@ def _trace(
 
 def keeps_channels(node: fx.Node, channels: int) -> bool:
     """Whether a node reshapes the axes before its last one, which holds the channels."""
-    if node.target not in _RESHAPES or not isinstance(node.args[1], list | tuple):
+    if node.target not in RESHAPES or not isinstance(node.args[1], list | tuple):
         return False
     source = node.args[0]
     shape = list(node.args[1])
@@ -150,14 +150,14 @@ def layer_regions(graph_module: fx.GraphModule) -> list[LayerRegion]:
             products[region.layer].append(region)
     found = []
     for layer, members in sorted(products.items()):
-        blocks = [block for member in members if (block := _addition(member.node)) is not None]
+        blocks = [block for member in members if (block := addition_of(member.node)) is not None]
         if blocks:
             path = _common_path([member.path for member in members], layer)
             found.append(LayerRegion(path, path, layer, tuple(blocks), tuple(members)))
     return found
 
 
-def _addition(product: fx.Node) -> Block | None:
+def addition_of(product: fx.Node) -> Block | None:
     """The addition that takes a product to the residual stream."""
     node = product
     while len(node.users) == 1:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from memcompile.calibrate.collect import CalibrationData, token_windows
 from memcompile.frontend import Captured, capture
 from memcompile.pipeline import inspect, optimize
 from memcompile.plan import load_plan
+from memcompile.regions import attention_regions
+from memcompile.rewrite.manager import apply
 from memcompile.runtime import Session, load
+from memcompile.weights.parameter import remembering
 from tests.conftest import ROOT
+from tests.rewrite.tiny import entry
 
 PROMPT_TOKENS, NEW_TOKENS = 600, 8
 # of the dense fp32 cache: 30 layers, 3 key/value heads of 64, keys and values
@@ -125,3 +131,23 @@ def test_a_plan_saves_allocated_state_and_stays_near_the_original(
     kl = float((expected.exp() * (expected - found)).sum())
     assert 0 <= kl < most_kl
     assert state.nbytes < most_bytes
+
+
+def test_heads_leave_the_model_and_a_few_steps_recover_some_of_it(
+    smollm2_path: Path, book: str, tmp_path: Path
+) -> None:
+    # the file's codes cannot be pruned: the floats they stand for can
+    floats = capture(str(smollm2_path), weights="float32")
+    graph, tokens = floats.graph, floats.tokenizer(book[:3000]).input_ids[: 6 * 64]
+    heads = {"granularity": "heads", "criterion": "activation", "sparsity": 0.1}
+    recover = {"recover": "distil", "recover_steps": 6, "recover_learning_rate": 1e-3}
+    data = CalibrationData(token_windows(tokens, 64), model_digest="smollm2", cache=tmp_path)
+    with remembering(1 << 30):
+        result = apply(graph, [entry("weights.prune", **heads, **recover)], calibration=data)
+    kept = [(region.heads, region.kv_heads) for region in attention_regions(graph)]
+    # 27 of 270 query heads, three with their keys and values each
+    assert sum(heads for heads, _ in kept) == 270 - 27
+    assert set(kept) <= {(9, 3), (6, 2), (3, 1)}
+    found = re.search(r"was (\S+) nats a token, and is (\S+)$", result.decisions[-1].text)
+    assert found is not None
+    assert 0 < float(found[2]) < float(found[1])

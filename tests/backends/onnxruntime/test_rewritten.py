@@ -15,6 +15,8 @@ from tests.backends.onnxruntime.build import session_of
 from tests.models import captured_tiny
 from tests.rewrite.tiny import calibration, entry
 
+# two of the four layers lose a group of heads
+HEADS = {"granularity": "heads", "criterion": "activation", "sparsity": 0.25}
 PLANS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "window and sinks": [("attention.static", {"window_tokens": 8, "sink_tokens": 2})],
     "blocks of the past": [
@@ -32,6 +34,12 @@ PLANS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("attention.sparse", {"selector": "pages", "keep_tokens": 32, "dense_tokens": 50, "layers": "1-3"}),
         ("kv.quantize", {"bits": 8}),
     ],
+    "heads": [("weights.prune", HEADS)],
+    "heads of int8": [
+        ("weights.prune", HEADS),
+        ("kv.evict", {"keep_tokens": 40, "observe_tokens": 16}),
+        ("kv.quantize", {"bits": 8}),
+    ],
     "all three": [
         ("attention.static", {"window_tokens": 8, "sink_tokens": 2, "layers": "every 2"}),
         ("kv.evict", {"keep_tokens": 40, "observe_tokens": 16}),
@@ -39,7 +47,7 @@ PLANS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
 }
 # a value that lies between two codes may round to the other one
-TOLERANCE = {"int8": 2e-3, "pages of int8": 2e-3, "int4": 5e-2, "all three": 5e-3}
+TOLERANCE = {"int8": 2e-3, "pages of int8": 2e-3, "heads of int8": 2e-3, "int4": 5e-2, "all three": 5e-3}
 
 
 def _entries(plan: list[tuple[str, dict[str, Any]]]) -> list[Any]:
@@ -69,3 +77,10 @@ def test_artifact_and_torch_program_agree(name: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(
             session.decode(state, tokens), judge.decode(expected_state, tokens), atol=atol
         )
+
+
+def test_layers_of_different_heads_run_without_the_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memcompile.runtime.session.find_library", lambda: None)
+    test_artifact_and_torch_program_agree("heads of int8", tmp_path)

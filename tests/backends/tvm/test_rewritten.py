@@ -26,6 +26,10 @@ PLANS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "int4": [("kv.quantize", {"bits": 4})],
     "weights": [("weights.quantize", {"bits": 4, "activations": "float"})],
     "weights and activations": [("weights.quantize", {"bits": 4})],
+    "heads of int8": [
+        ("weights.prune", {"granularity": "heads", "criterion": "activation", "sparsity": 0.25}),
+        ("kv.quantize", {"bits": 8}),
+    ],
     "all three": [
         ("attention.static", {"window_tokens": 8, "sink_tokens": 2, "layers": "every 2"}),
         ("kv.evict", {"keep_tokens": 40, "observe_tokens": 16}),
@@ -33,7 +37,7 @@ PLANS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
 }
 # a value that lies between two codes may round to the other one
-TOLERANCE = {"int4": 5e-2, "weights and activations": 5e-3, "all three": 5e-3}
+TOLERANCE = {"int4": 5e-2, "weights and activations": 5e-3, "heads of int8": 2e-3, "all three": 5e-3}
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -196,6 +196,12 @@ def test_layers_that_turn_the_stream_least_leave_with_their_cache(tmp_path: Path
     torch.testing.assert_close(logits(graph), want, atol=0.02, rtol=0)
 
 
+def test_a_share_that_is_no_whole_layer_is_an_error(tmp_path: Path) -> None:
+    config = {"granularity": "layers", "sparsity": 0.1, "criterion": "activation"}
+    with pytest.raises(MemcompileError, match=r"MC305 weights\.prune: sparsity 0\.1 of 2 layers is none"):
+        apply(llama(), [entry("weights.prune", **config)], calibration=text(tmp_path))
+
+
 def test_pruning_comes_before_quantising(tmp_path: Path) -> None:
     graph = tiny_graph()
     apply(
@@ -213,11 +219,12 @@ def test_pruning_comes_before_quantising(tmp_path: Path) -> None:
     assert float((dense == 0).float().mean()) >= 0.5
 
 
-def test_channels_and_layers_leave_the_artifact(tmp_path: Path) -> None:
+def test_channels_heads_and_layers_leave_the_artifact(tmp_path: Path) -> None:
     layers = {"granularity": "layers", "sparsity": 0.5, "criterion": "activation"}
     channels = {"granularity": "channels", "sparsity": 0.5}
-    sizes, states = {}, {}
-    for name, config in (("whole", None), ("channels", channels), ("layers", layers)):
+    heads = {"granularity": "heads", "sparsity": 0.25, "criterion": "activation"}
+    sizes, states, cached = {}, {}, {}
+    for name, config in (("whole", None), ("channels", channels), ("heads", heads), ("layers", layers)):
         plan = load_plan(
             {
                 "version": 1,
@@ -231,6 +238,7 @@ def test_channels_and_layers_leave_the_artifact(tmp_path: Path) -> None:
         sizes[name] = sum(f.stat().st_size for f in folder.rglob("*") if f.suffix in (".bin", ".data"))
         session = load(folder, threads=1)
         states[name] = len(session.manifest.states)
+        cached[name] = sum(state.kv_heads for state in session.manifest.states)
         (found,) = session.prefill(session.new_state(1, 16, 4), [prompts(12)[0]])
         rewritten = pipeline_graph(captured, plan, text(tmp_path))
         with torch.no_grad():
@@ -238,6 +246,9 @@ def test_channels_and_layers_leave_the_artifact(tmp_path: Path) -> None:
         np.testing.assert_allclose(found.reshape(-1), want[0, -1].numpy(), atol=1e-4)
     assert 0 < sizes["channels"] < 0.85 * sizes["whole"]
     assert 0 < sizes["layers"] < 0.85 * sizes["whole"]
+    # a group of the four: 2 * 16 rows of queries, 2 * 16 of keys and values, 2 * 16 columns that read them
+    assert sizes["whole"] - sizes["heads"] >= 4 * 48 * 6 * 16
+    assert cached == {"whole": 4, "channels": 4, "heads": 3, "layers": 2}
     assert states["layers"] * 2 == states["whole"] == states["channels"]
 
 
