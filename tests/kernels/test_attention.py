@@ -142,19 +142,13 @@ def test_products_in_bfloat16_over_any_storage(library: KernelLibrary, tokens: i
             dequantize(c, scale.double(), 8, width) * s[..., None]
             for c, s in zip(codes, token_scales, strict=True)
         ]
-        for keys, values, expected, extra in (
-            (k, v, definition(q, k, v, positions=positions, window=90, sinks=3), {}),
-            (
-                *codes,
-                definition(q, *meant, positions=positions, window=90, sinks=3),
-                dict(zip(("k_scale", "v_scale", "k_token_scale", "v_token_scale"), (scale, scale, *token_scales), strict=True)),
-            ),
-        ):  # fmt: skip
+        names = ("k_scale", "v_scale", "k_token_scale", "v_token_scale")
+        coded = dict(zip(names, (scale, scale, *token_scales), strict=True))
+        mask = {"positions": positions, "window": 90, "sinks": 3}
+        for stored, stands_for, scales in (((k, v), (k, v), {}), (codes, meant, coded)):
+            expected = definition(q, *stands_for, **mask)
             for key_tile in (0, 16):
-                out = run(
-                    q, keys, values, positions=positions, window=90, sinks=3,
-                    products="bfloat16", key_tile=key_tile, **extra,
-                )  # fmt: skip
+                out = run(q, *stored, products="bfloat16", key_tile=key_tile, **mask, **scales)
                 close(out, expected, TOLERANCE[torch.bfloat16])
 
 
