@@ -22,7 +22,7 @@ from memcompile.backends.onnxruntime.timed import BACKEND, PACKAGES
 from memcompile.kernels import TYPES
 from memcompile.progress import SILENT, Progress
 from memcompile.tuning import KERNELS, Ask, Choices, Database, Shape, Workload, choose
-from memcompile.tuning.crossover import Rule, Switch, find_switch
+from memcompile.tuning.crossover import Products, Rule, Switch, find_switch
 
 # distinct rules that are measured for one artifact
 MOST_RULES: Final = 3
@@ -103,7 +103,8 @@ def _rule_of(node: ir.Node, measured: str) -> Rule:
     sizes = (shape.heads, shape.kv_heads, shape.width, shape.bits)
     if measured == "measure_page_from":
         return Rule(*sizes, page_tokens=names.get_int("page_tokens"), page_keep=names.get_int("page_keep"))
-    products = "bfloat16" if names.get_int("products", 0) == TYPES["bfloat16"] else "float32"
+    rounds = names.get_int("products", 0) == TYPES["bfloat16"]
+    products: Products = "bfloat16" if rounds else "float32"
     pattern = all_inputs(node)[PATTERN]
     assert pattern is not None
     stored = ir.convenience.get_const_tensor(pattern)
