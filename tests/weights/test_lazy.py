@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from memcompile.errors import MemcompileError
+from memcompile.weights.codebook import codebook
 from memcompile.weights.lazy import (
     Cast,
     Concat,
@@ -131,6 +132,21 @@ def test_quantised_on_disk_equals_quantised_in_memory(
     for name, tensor in eagerly.tensors().items():
         part = lazily.tensors()[name]
         assert isinstance(part, LazyParameter)
+        assert torch.equal(part.expression.evaluate(), tensor)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_table_of_a_weight_on_disk_is_that_of_one_in_memory(
+    stored: tuple[Stored, torch.Tensor], bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memcompile.weights.codebook.TOGETHER", 48 * 7)
+    monkeypatch.setattr("memcompile.weights.codebook.PIECE_BYTES", 48 * 4 * 20)
+    lazily, eagerly = (codebook(weight, bits=bits, block=32) for weight in (parameter(stored[0]), stored[1]))
+    assert lazily.tensors().keys() == eagerly.tensors().keys() == {"codes", "scales", "table"}
+    for name, tensor in eagerly.tensors().items():
+        part = lazily.tensors()[name]
+        assert isinstance(part, LazyParameter)
+        assert part.shape == tensor.shape
         assert torch.equal(part.expression.evaluate(), tensor)
 
 

@@ -38,7 +38,9 @@ class _Operator(torch.nn.Module):
         graph = fx.Graph()
         root = torch.nn.Module()
         x = graph.placeholder("x")
-        tensors = dict(zip(("codes", "scales", "zero_points", "offsets"), arguments(weight), strict=True))
+        tensors = dict(
+            zip(("codes", "scales", "zero_points", "offsets", "table"), arguments(weight), strict=True)
+        )
         tensors |= {"bias": bias} if name == "quantized_linear" else {}
         operands: list[Any] = [x]
         for key, tensor in tensors.items():

@@ -82,7 +82,7 @@ def test_a_tied_head_and_embedding_share_one_copy() -> None:
     graph = captured_tiny("llama", tie_word_embeddings=True).graph
     quantized(graph, bits=4, block_size=16)
     (table,), head = nodes(graph, EMBEDDING), nodes(graph, LINEAR)[-1]
-    assert table.args[1:5] == head.args[1:5]
+    assert table.args[1:6] == head.args[1:6]
     assert len([name for name, _ in graph.named_buffers() if "embed" in name]) == 2
 
 
