@@ -2,8 +2,8 @@
 
 The runtime's MatMulNBits has neither an offset a block nor, on the CPU, a fast product of floats with 8-bit
 codes: `runtime_products` writes those out, and codes of a table as the floats they stand for, which the
-runtime computes once, on loading. One traced node instead of five matters: a model has hundreds, and tracing is
-what lowering spends its time on.
+runtime computes once, on loading. One traced node instead of five matters: a model has hundreds, and tracing
+is what lowering spends its time on.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from memcompile.weights.methods import METHODS, TOGETHER, ZeroPoint, in_rows, la
 from memcompile.weights.parameter import LazyParameter
 
 # starts of k-means that are compared, and rounds of one
-STARTS: Final = 4
+STARTS: Final = 16
 ROUNDS: Final = 200
 # of a 16-bit value
 _VALUES: Final = 1 << 16

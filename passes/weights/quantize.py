@@ -70,8 +70,8 @@ class WeightsConfig(PassConfig):
     )
     weigh_inputs: bool = Field(
         default=False,
-        description="method kmeans: an error of a weight counts by the mean square of its input on calibration "
-        "text; without, all count the same",
+        description="method kmeans: an error of a weight counts by the mean square of its input on "
+        "calibration text; without, all count the same",
     )
     clip: bool = Field(default=False, description="method gptq: its grids are found as those of clip are")
     scale_inputs: ScaleInputs = Field(
@@ -133,6 +133,8 @@ class WeightsConfig(PassConfig):
                     )
         elif self.bits in (8, "mixed"):
             raise ValueError(f"method kmeans has tables for bits 4 and 3; bits is {self.bits}")
+        elif self.clip:
+            raise ValueError("clip is for method gptq; method is kmeans")
         elif self.zero_point != "none":
             raise ValueError(
                 f"method kmeans has a table, and no zero points; zero_point is {self.zero_point}"
@@ -166,8 +168,8 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
 
     Rewrites:  linear layers, the product that gives the logits, the embedding of tokens, and experts.
                `layers` narrows it to layers (head and embedding are outside of all), `modules` to paths.
-    Needs:     calibration text for methods clip and gptq, scale_inputs, shift_inputs and weigh_inputs; without
-               these rtn, hqq and kmeans look at the weights alone.
+    Needs:     calibration text for methods clip and gptq, scale_inputs, shift_inputs and weigh_inputs;
+               without these rtn, hqq and kmeans look at the weights alone.
     Refuses:   weights that are computed at run time, weights already quantised.
     Loses:     at most half a step a weight: 0.4% of a block's largest magnitude at 8 bits, 7% at 4 bits;
                int8 activations lose another 0.4% of a block's largest input. The steps of a table (kmeans)
@@ -262,7 +264,8 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
             {"bits": 3, "block_size": 32, "method": "kmeans", "weigh_inputs": True, "activations": "float"},
             "Cho et al. 2023, eDKM, arXiv:2309.00964",
             "Three bits a weight, each the number of one of 8 values that k-means finds for its matrix. The "
-            "paper clusters while it trains, without scales; here nothing is trained, and blocks have scales.",
+            "paper clusters while it trains, without scales; here nothing is trained, and blocks have "
+            "scales.",
         ),
         "mixed_5bit": Preset(
             {

@@ -163,6 +163,8 @@ def step(folder: Path, ids: list[int]) -> np.ndarray:
         {"bits": 4, "zero_point": "integer", "activations": "float"},
         {"bits": 4, "zero_point": "float", "activations": "float", "block_size": 16},
         {"bits": 4, "zero_point": "integer", "activations": "float", "block_size": 128},
+        {"bits": 4, "method": "kmeans", "activations": "float"},
+        {"bits": 3, "method": "kmeans", "activations": "float"},
     ],
     ids=str,
 )
