@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from memcompile.calibrate.collect import CalibrationData, token_windows
 from memcompile.frontend import Captured, capture
 from memcompile.pipeline import inspect, optimize
 from memcompile.plan import load_plan
+from memcompile.rewrite.manager import apply
 from memcompile.runtime import Session, load
 from tests.conftest import ROOT
+from tests.rewrite.tiny import entry
 
 PROMPT_TOKENS, NEW_TOKENS = 600, 8
 # of the dense fp32 cache: 30 layers, 3 key/value heads of 64, keys and values
@@ -125,3 +128,23 @@ def test_a_plan_saves_allocated_state_and_stays_near_the_original(
     kl = float((expected.exp() * (expected - found)).sum())
     assert 0 <= kl < most_kl
     assert state.nbytes < most_bytes
+
+
+def test_tables_of_four_bits_lose_less_than_rounding(
+    smollm2_path: Path, prompt: list[int], book: str
+) -> None:
+    found = {}
+    for method, values in {"rtn": {"zero_point": "integer"}, "kmeans": {"weigh_inputs": True}}.items():
+        captured = capture(str(smollm2_path), weights="float32")
+        # not the text that is predicted below
+        text = captured.tokenizer(book[20_000:28_000]).input_ids[:1024]
+        windows = token_windows(text, 512)
+        config = {"bits": 4, "method": method, "activations": "float", "layers": "all", **values}
+        apply(captured.graph, [entry("weights.quantize", **config)], calibration=CalibrationData(windows))
+        tokens = torch.tensor([prompt])
+        with torch.no_grad():
+            outputs = captured.graph(tokens, torch.arange(PROMPT_TOKENS).unsqueeze(0))
+        assert captured.logits_index is not None
+        logits = outputs[captured.logits_index][0, :-1]
+        found[method] = float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:]).exp())
+    assert found["kmeans"] < found["rtn"]
