@@ -72,9 +72,9 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 8:
         return values
     if bits == 3:
-        sixteen = values.unflatten(-1, (-1, 16))
+        sixteen = values.reshape(*values.shape[:-1], -1, 16)
         parts = [
-            (part.unflatten(-1, (-1, fields)) << torch.arange(0, 8, 8 // fields, dtype=torch.uint8)).sum(-1)
+            (part.reshape(*part.shape[:-1], -1, fields) << torch.arange(0, 8, 8 // fields)).sum(-1)
             for part, fields in ((sixteen & 3, 4), (sixteen >> 2, 8))
         ]
         return torch.cat(parts, -1).flatten(-2).to(torch.uint8)
@@ -89,7 +89,7 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         return packed[..., :count]
     # divisions, and not shifts: every backend that traces this definition has them
     if bits == 3:
-        sixteen = packed.unflatten(-1, (-1, 6))
+        sixteen = packed.reshape(*packed.shape[:-1], -1, 6)
         low = torch.stack([sixteen[..., :4] // by % 4 for by in (1, 4, 16, 64)], -1).flatten(-2)
         high = torch.stack([sixteen[..., 4:] // (1 << bit) % 2 for bit in range(8)], -1).flatten(-2)
         return (low + high * 4).flatten(-2)[..., :count]

@@ -134,13 +134,15 @@ def test_tables_of_four_bits_lose_less_than_rounding(
     smollm2_path: Path, prompt: list[int], book: str
 ) -> None:
     found = {}
-    for method, values in {"rtn": {"zero_point": "integer"}, "kmeans": {"weigh_inputs": True}}.items():
+    methods: dict[str, dict[str, Any]] = {"rtn": {"zero_point": "integer"}, "kmeans": {"weigh_inputs": True}}
+    for method, values in methods.items():
         captured = capture(str(smollm2_path), weights="float32")
         # not the text that is predicted below
         text = captured.tokenizer(book[20_000:28_000]).input_ids[:1024]
         windows = token_windows(text, 512)
-        config = {"bits": 4, "method": method, "activations": "float", "layers": "all", **values}
-        apply(captured.graph, [entry("weights.quantize", **config)], calibration=CalibrationData(windows))
+        config = {"bits": 4, "method": method, "activations": "float", **values}
+        one = entry("weights.quantize", layers="all", **config)
+        apply(captured.graph, [one], calibration=CalibrationData(windows))
         tokens = torch.tensor([prompt])
         with torch.no_grad():
             outputs = captured.graph(tokens, torch.arange(PROMPT_TOKENS).unsqueeze(0))
