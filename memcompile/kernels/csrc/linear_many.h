@@ -48,6 +48,7 @@ static void unpack_floats(const Inputs &in, int64_t n0, int64_t k, const float *
     int64_t width = in.blocks * l.block * bits_of(l.weight_type) / 8;
     bool threes = l.weight_type == MC_I3, tabled = l.table;
     Table table = table_of(l);
+    auto value = [&](Vi code) { return tabled ? entries(table, code) : to_floats(halves ? code & 15 : code); };
     for (int64_t n = 0; n < PANEL; n += LANES)
         for (int64_t at = k; at < end; at += group) {
             const uint8_t *rows = (const uint8_t *)l.weight + (n0 + n) * width, *codes = rows + (halves ? at / 2 : at);
@@ -60,11 +61,10 @@ static void unpack_floats(const Inputs &in, int64_t n0, int64_t k, const float *
                                              : widen_bytes(codes + i * width);
             float *to = y + (halves ? (at - k) / 2 : at - k) * PANEL + n;
             for (int i = 0; i < LANES; i++)
-                part[i] = (tabled ? entries(table, bytes[i]) : to_floats(halves ? bytes[i] & 15 : bytes[i])) * scale[i] +
-                          shift[i];
+                part[i] = value(bytes[i]) * scale[i] + shift[i];
             put_columns(part, to);
             if (!halves) continue;
-            for (int i = 0; i < LANES; i++) part[i] = (tabled ? entries(table, bytes[i] >> 4) : to_floats(bytes[i] >> 4)) * scale[i] + shift[i];
+            for (int i = 0; i < LANES; i++) part[i] = value(bytes[i] >> 4) * scale[i] + shift[i];
             put_columns(part, to + in.chunk / 2 * PANEL);
         }
 }
