@@ -176,11 +176,11 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
                are finer where more of the weights are.
     Costs:     a float32 scale a block (1 bit a weight at 32), and as much again with float zero points; saves
                3/4 of float32 weights at 8 bits, 27/32 at 4, 7/8 at 3 (block 32). Decoding reads that much
-               less. A table takes 64 bytes a weight; without the kernel library ONNX Runtime makes floats of
+               less. A table takes 64 bytes a matrix; without the kernel library ONNX Runtime makes floats of
                its codes on loading, and TVM artifacts store floats.
     Identity:  bits none.
     Presets:   int8, int8_smooth, int8_smoothquant, int8_mptq, int4, int4_hqq, int4_awq, int4_gptq,
-               int4_awq_gptq, int4_kmeans, edkm, mixed_5bit: as ONNX Runtime's MatMulNBits reads them
+               int4_awq_gptq, mixed_5bit: as ONNX Runtime's MatMulNBits reads them; int4_kmeans, edkm
     """
 
     name: ClassVar[str] = "weights.quantize"
@@ -319,7 +319,7 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
             scale_inputs=config.scale_inputs,
             exponent=config.scale_exponent,
             shift_inputs=config.shift_inputs,
-            int8_activations=config.activations == "int8",
+            int8_activations=_rounds_inputs(config),
         )
         codes = calibrate_codes(graph_module, weights, recipe, data, progress)
         return codes if chosen is None else joined(codes, chosen)
@@ -385,9 +385,9 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
             return self.refuse(region, "experts have no tables of values")
         bits = 8 if config.bits == "mixed" else config.bits
         share = 1.0 if config.average_bits is None else config.average_bits / 8
-        int8, chosen = config.activations == "int8", ""
-        if int8 and config.method == "kmeans":
-            int8, chosen = False, "inputs stay floats: codes of a table cannot be multiplied as whole numbers"
+        int8, chosen = _rounds_inputs(config), ""
+        if config.activations == "int8" and not int8:
+            chosen = "inputs stay floats: codes of a table cannot be multiplied as whole numbers"
         return WeightsFacts(bits, config.block_size, config.zero_point, config.method, int8, share, chosen)
 
     def rewrite(self, region: WeightRegion | ExpertsRegion, facts: WeightsFacts, emit: Emit) -> None:
@@ -473,6 +473,11 @@ def _reads_data(config: WeightsConfig) -> bool:
     """Whether calibration text decides about the codes themselves."""
     scaled = config.scale_inputs != "none" or config.shift_inputs
     return config.method in ("clip", "gptq") or config.weigh_inputs or scaled
+
+
+def _rounds_inputs(config: WeightsConfig) -> bool:
+    """Whether products round their inputs to int8: entries of a table are floats."""
+    return config.activations == "int8" and config.method != "kmeans"
 
 
 def _matches(pattern: str, region: WeightRegion | ExpertsRegion) -> bool:
