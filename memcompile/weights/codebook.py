@@ -18,7 +18,7 @@ import torch
 from memcompile.dialect.quantized_weights import QuantizedWeight, in_blocks, pack
 from memcompile.weights.lazy import PIECE_BYTES, LazyTensor
 from memcompile.weights.methods import METHODS, TOGETHER, ZeroPoint, in_rows, lazy_weight, quantize
-from memcompile.weights.parameter import LazyParameter
+from memcompile.weights.parameter import LazyParameter, evaluated
 
 # starts of k-means that are compared, and rounds of one
 STARTS: Final = 16
@@ -80,12 +80,13 @@ def codebook(
     """A weight [N,K] as codes of one table of 2**bits values, and a scale a block.
 
     moments: how much an error of each input counts, [K], such as the mean of its square; None: all the same.
-    Of a weight that is on disk the tensors are lazy too, and computed when they are written.
+    Of a weight that is on disk, without moments, the tensors are lazy too, and computed when they are written.
     """
-    if isinstance(weight, LazyParameter):
+    if isinstance(weight, LazyParameter) and moments is None:
         rows, width = weight.shape
         row = codebook(torch.zeros(1, width), bits=bits, block=block)
         return lazy_weight(CodebookRows(weight.expression, bits, block), row, rows)
+    weight = evaluated(weight)
     # where no input was ever other than zero, no error counts: they all do then
     known = moments if moments is not None and bool(moments.any()) else torch.ones(weight.shape[1])
     counts = in_blocks(known[None], block)

@@ -24,7 +24,7 @@ from memcompile.weights.clip import clipped
 from memcompile.weights.codebook import codebook, quantize_without_data
 from memcompile.weights.gptq import gptq
 from memcompile.weights.methods import ZeroPoint
-from memcompile.weights.parameter import LazyParameter
+from memcompile.weights.parameter import LazyParameter, evaluated
 from memcompile.weights.place import operands, tensors_of
 from memcompile.weights.scaling import EXPONENTS, Inputs, ScaleInputs, search_scale
 
@@ -158,8 +158,10 @@ class _Worker:
         biases = [None if bias is None else window[places[bias]] for window in windows]
         if self._group is None or self._group.source is not source:
             self._group = self._new_group(source, inputs)
-        group, weight = self._group, region.stored
-        assert weight is not None
+        group, stored = self._group, region.stored
+        assert stored is not None
+        # what is found is stored at once, so that nothing of it may be lazy
+        weight = evaluated(stored)
         scale, shift = group.scale, group.inputs.shift
         scaled = weight.float() if scale is None else weight.float() * scale
         quantized = self.recipe.quantized(scaled, group.hessian, self.recipe.bits[region.region])

@@ -150,6 +150,17 @@ def test_a_table_of_a_weight_on_disk_is_that_of_one_in_memory(
         assert torch.equal(part.expression.evaluate(), tensor)
 
 
+def test_a_table_weighed_by_inputs_is_made_at_once(stored: tuple[Stored, torch.Tensor]) -> None:
+    moments = torch.rand(stored[1].shape[1]) ** 4
+    lazily, eagerly = (
+        codebook(weight, bits=3, block=32, moments=moments) for weight in (parameter(stored[0]), stored[1])
+    )
+    assert not torch.equal(eagerly.codes, codebook(stored[1], bits=3, block=32).codes)
+    for name, tensor in eagerly.tensors().items():
+        assert not isinstance(lazily.tensors()[name], LazyParameter)
+        assert torch.equal(lazily.tensors()[name], tensor)
+
+
 def test_views_and_casts_of_a_parameter_stay_lazy(stored: tuple[Stored, torch.Tensor]) -> None:
     lazy, value = parameter(stored[0]), stored[1]
     assert isinstance(lazy, torch.nn.Parameter)
