@@ -80,7 +80,7 @@ def codebook(
     """A weight [N,K] as codes of one table of 2**bits values, and a scale a block.
 
     moments: how much an error of each input counts, [K], such as the mean of its square; None: all the same.
-    Of a weight that is on disk, without moments, the tensors are lazy too, and computed when they are written.
+    Of a weight that is on disk the tensors, without moments, are lazy too: computed when they are written.
     """
     if isinstance(weight, LazyParameter) and moments is None:
         rows, width = weight.shape
