@@ -53,6 +53,7 @@ PLANS: Final[dict[str, dict[str, Any]]] = {
     "int4_awq": _layers(preset="int4_awq"),
     "int4_gptq": _layers(preset="int4_gptq"),
     "int4_awq_gptq": _layers(preset="int4_awq_gptq"),
+    "int4_kmeans": _layers(preset="int4_kmeans"),
     "int4_offsets": _layers(preset="int4", zero_point="float"),
     "mixed_5bit": _quantized({"preset": "mixed_5bit"}),
     "heads_10pc": _pruned({"preset": "taylor_heads"}),

@@ -1,8 +1,9 @@
 """Products with quantised weights: traced as one operator each, finished as the runtime's own or as a kernel.
 
 The runtime's MatMulNBits has neither an offset a block nor, on the CPU, a fast product of floats with 8-bit
-codes: `runtime_products` writes those out. One traced node instead of five matters: a model has hundreds, and
-tracing is what lowering spends its time on.
+codes: `runtime_products` writes those out, and codes of a table as the floats they stand for, which the
+runtime computes once, on loading. One traced node instead of five matters: a model has hundreds, and tracing
+is what lowering spends its time on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from memcompile.kernels import TYPES
 
 OPERATOR: Final = "QuantizedLinear"
 # inputs of the traced node, which are also the kernel's
-(X, CODES, SCALES, ZERO_POINTS, OFFSETS, BIAS) = range(6)
+(X, CODES, SCALES, ZERO_POINTS, OFFSETS, TABLE, BIAS) = range(7)
 # accuracy_level: what the CPU kernel turns activations into before it multiplies them by codes
 INT8: Final = 4
 FLOAT: Final = 0
@@ -109,7 +110,7 @@ class _Writer:
 
 def _write_out(graph: ir.Graph, node: ir.Node, shared: _Shared) -> None:
     given: list[ir.Value | None] = [*node.inputs, *[None] * (BIAS + 1 - len(node.inputs))]
-    x, codes, scales, zero_points, offsets, bias = given
+    x, codes, scales, zero_points, offsets, table, bias = given
     write = _Writer(node)
     bits, level = node.attributes.get_int("bits"), node.attributes.get_int("accuracy_level")
     kept = [a for name, a in node.attributes.items() if name not in ("bits", "products")]
@@ -123,7 +124,10 @@ def _write_out(graph: ir.Graph, node: ir.Node, shared: _Shared) -> None:
         made.type, made.shape = out.type, out.shape
         return made
 
-    if bits == 8 and level == FLOAT:
+    if table is not None:
+        parts = [write.add("MatMul", [x, _weights(node, shared, write)], "table")]
+        parts += [] if bias is None else [bias]
+    elif bits == 8 and level == FLOAT:
         # on CPU the runtime unpacks 8-bit codes at every call, 30 to 100 times slower
         halves = _split(node, shared, write)
         parts = [
@@ -155,6 +159,50 @@ def _shift(node: ir.Node, shared: _Shared, write: _Writer, x: ir.Value | None, o
         "FusedMatMul", [shared.sums[x, block], offsets], "shift", ir.AttrInt64("transB", 1),
         domain=MICROSOFT,
     )  # fmt: skip
+
+
+def _weights(node: ir.Node, shared: _Shared, write: _Writer) -> ir.Value:
+    """The floats [K,N] that codes of a table stand for."""
+    codes, scales, table = (node.inputs[index] for index in (CODES, SCALES, TABLE))
+    bits, width = node.attributes.get_int("bits"), node.attributes.get_int("K")
+    rows, block = node.attributes.get_int("N"), node.attributes.get_int("block_size")
+
+    def numbers(*values: int) -> ir.Value:
+        return shared.stored("numbers_" + "_".join(map(str, values)), np.array(values, np.int64))
+
+    def reshaped(value: ir.Value | None, name: str, *shape: int) -> ir.Value:
+        return write.add("Reshape", [value, numbers(*shape)], name)
+
+    def fields(value: ir.Value, of_bits: int, name: str) -> ir.Value:
+        """The parts of so many bits of each byte of the last axis, on an axis of their own."""
+        shifts = shared.stored(f"shifts_{of_bits}", np.arange(0, 8, of_bits, dtype=np.uint8))
+        mask = shared.stored(f"mask_{of_bits}", np.uint8((1 << of_bits) - 1))
+        right = ir.AttrString("direction", "RIGHT")
+        each = write.add("Unsqueeze", [value, numbers(-1)], f"{name}_bytes")
+        shifted = write.add("BitShift", [each, shifts], f"{name}_shifted", right)
+        return write.add("BitwiseAnd", [shifted, mask], name)
+
+    assert codes is not None
+    if bits == 3:
+        sixteen = reshaped(codes, "sixteen", rows, -1, 6)
+
+        def halves(name: str, begin: int, end: int, of_bits: int) -> ir.Value:
+            part = write.add("Slice", [sixteen, numbers(begin), numbers(end), numbers(-1)], f"{name}_part")
+            return reshaped(fields(part, of_bits, name), f"{name}_codes", rows, -1, 16)
+
+        four = shared.stored("uint8_four", np.uint8(4))
+        high = write.add("Mul", [halves("high", 4, 6, 1), four], "high_times_four")
+        found = write.add("Add", [halves("low", 0, 4, 2), high], "numbers")
+    else:
+        found = fields(codes, 4, "fields")
+    found = reshaped(found, "codes", rows, -1, block)
+    index = write.add("Cast", [found], "index", ir.AttrInt64("to", ir.DataType.INT32.value))
+    values = write.add("Gather", [table, index], "entries")
+    each = write.add("Unsqueeze", [scales, numbers(-1)], "scales")
+    weights = reshaped(write.add("Mul", [values, each], "scaled"), "rows", rows, -1)
+    if width % block:
+        weights = write.add("Slice", [weights, numbers(0), numbers(width), numbers(1)], "cut")
+    return write.add("Transpose", [weights], "weights", ir.AttrInt64s("perm", [1, 0]))
 
 
 def _split(node: ir.Node, shared: _Shared, write: _Writer) -> _Halves:

@@ -18,9 +18,8 @@ from memcompile.kernels import TYPES
 def lower_quantized_linear(emitter: Emitter, node: fx.Node) -> torch.Tensor:
     """One node that `products.py` finishes."""
     given = _arguments(node)
-    inputs = [
-        emitter.value(given[name]) for name in ("x", "codes", "scales", "zero_points", "offsets", "bias")
-    ]
+    names = ("x", "codes", "scales", "zero_points", "offsets", "table", "bias")
+    inputs = [emitter.value(given[name]) for name in names]
     x, codes, bits = inputs[0], inputs[1], int(given["bits"])
     rows = int(codes.shape[0])
     attributes = {
@@ -28,7 +27,8 @@ def lower_quantized_linear(emitter: Emitter, node: fx.Node) -> torch.Tensor:
         "N": rows,
         "bits": bits,
         "block_size": block_of(codes, bits),
-        "accuracy_level": INT8 if given["int8_activations"] else FLOAT,
+        # entries of a table are floats: int8 inputs would win nothing
+        "accuracy_level": INT8 if given["int8_activations"] and given["table"] is None else FLOAT,
         "products": TYPES[emitter.products],
     }
     shape = (*x.shape[:-1], rows)
@@ -36,9 +36,11 @@ def lower_quantized_linear(emitter: Emitter, node: fx.Node) -> torch.Tensor:
 
 
 @lowers(torch.ops.memcompile.quantized_embedding.default)
-def lower_quantized_embedding(emitter: Emitter, node: fx.Node) -> torch.Tensor:
-    """GatherBlockQuantized over the same stored codes that a tied head multiplies by."""
+def lower_quantized_embedding(emitter: Emitter, node: fx.Node) -> torch.Tensor | None:
+    """GatherBlockQuantized over the same stored codes that a tied head reads; a table is written out."""
     given = _arguments(node)
+    if given["table"] is not None:
+        return None
     indices, codes, scales, zero_points, offsets = (
         emitter.value(given[name]) for name in ("indices", "codes", "scales", "zero_points", "offsets")
     )

@@ -24,7 +24,7 @@ _NAMES: Final = {
     "float32": "F32", "int64": "I64", "int32": "I32", "int8": "I8", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
 _LENGTH_BYTES: Final = 8
-_CODES: Final = ("codes", "scales", "zero_points", "offsets")
+_CODES: Final = ("codes", "scales", "zero_points", "offsets", "table")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _tensors(graph_module: fx.GraphModule, node: fx.Node) -> tuple[str, list[tor
 
 
 def _dequantized(graph_module: fx.GraphModule, node: fx.Node) -> Weight:
-    _, (codes, scales, zero_points, offsets) = _tensors(graph_module, node)
+    _, (codes, scales, zero_points, offsets, table) = _tensors(graph_module, node)
     assert codes is not None
     assert scales is not None
     bits = argument(node, "bits")
@@ -108,7 +108,7 @@ def _dequantized(graph_module: fx.GraphModule, node: fx.Node) -> Weight:
     width = int(source.meta["val"].shape[-1])
 
     def read() -> torch.Tensor:
-        return dequantize(codes, scales, zero_points, offsets, bits, width, torch.float32)
+        return dequantize(codes, scales, zero_points, offsets, bits, width, torch.float32, table)
 
     return Weight(code_key(graph_module, node), (codes.shape[0], width), "float32", read)
 

@@ -42,6 +42,7 @@ def kernel_quantized_linear(
     scales: torch.Tensor,
     zero_points: torch.Tensor | None,
     offsets: torch.Tensor | None,
+    table: torch.Tensor | None,
     bias: torch.Tensor | None,
     bits: int,
     *,
@@ -50,11 +51,11 @@ def kernel_quantized_linear(
 ) -> torch.Tensor | None:
     """`memcompile::quantized_linear` by the kernel library; None when no kernel takes the tensors."""
     block = block_of(codes, bits)
-    if bits not in (4, 8) or block not in BLOCKS or not codes.is_contiguous():
+    if block not in BLOCKS or not codes.is_contiguous() or (table is not None and activations == "int8"):
         return None
     call = CLinear(N=codes.shape[0], K=x.shape[-1], weight=codes.data_ptr(), block=block)
-    call.weight_type = TYPES["int4" if bits == 4 else "int8"]
-    given = {"scales": scales, "zero_points": zero_points, "offsets": offsets, "bias": bias}
+    call.weight_type = TYPES[f"int{bits}"]
+    given = {"scales": scales, "zero_points": zero_points, "offsets": offsets, "table": table, "bias": bias}
     return _run(call, x, given, activations, threads)
 
 

@@ -1,4 +1,4 @@
-"""`memcompile::quantized_embedding`: rows of a table that is stored as 4- or 8-bit codes."""
+"""`memcompile::quantized_embedding`: rows of a table that is stored as 3-, 4- or 8-bit codes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ def quantized_embedding_definition(
     scales: torch.Tensor,
     zero_points: torch.Tensor | None,
     offsets: torch.Tensor | None,
+    table: torch.Tensor | None,
     bits: int,
     width: int,
     dtype: torch.dtype,
@@ -27,6 +28,7 @@ def quantized_embedding_definition(
         bits,
         width,
         dtype,
+        table,
     )
 
 
@@ -37,13 +39,14 @@ def quantized_embedding(
     scales: torch.Tensor,
     zero_points: torch.Tensor | None,
     offsets: torch.Tensor | None,
+    table: torch.Tensor | None,
     bits: int,
     width: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Look rows up; see `quantized_embedding_definition` for the shapes."""
     return quantized_embedding_definition(
-        indices, codes, scales, zero_points, offsets, bits, width, dtype
+        indices, codes, scales, zero_points, offsets, table, bits, width, dtype
     ).contiguous()
 
 
@@ -54,6 +57,7 @@ def _(
     scales: torch.Tensor,
     zero_points: torch.Tensor | None,
     offsets: torch.Tensor | None,
+    table: torch.Tensor | None,
     bits: int,
     width: int,
     dtype: torch.dtype,
@@ -61,7 +65,7 @@ def _(
     return scales.new_empty((*indices.shape, width), dtype=dtype)
 
 
-differentiate_through_definition(quantized_embedding, quantized_embedding_definition, tensor_count=5)
+differentiate_through_definition(quantized_embedding, quantized_embedding_definition, tensor_count=6)
 
 
 def quantized_embedding_cost(
@@ -72,9 +76,10 @@ def quantized_embedding_cost(
     bits: int,
     zero_points: bool = False,
     offsets: bool = False,
+    table: bool = False,
     element_bytes: int = 4,
 ) -> Cost:
-    rows = stored_bytes(tokens, K, block, bits, zero_points=zero_points, offsets=offsets)
+    rows = stored_bytes(tokens, K, block, bits, zero_points=zero_points, offsets=offsets, table=table)
     return Cost(flops=2 * tokens * K, bytes_moved=rows + tokens * K * element_bytes)
 
 

@@ -1,4 +1,4 @@
-"""`memcompile::quantized_linear`: a linear layer whose weight is stored as 4- or 8-bit codes."""
+"""`memcompile::quantized_linear`: a linear layer whose weight is stored as 3-, 4- or 8-bit codes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def quantized_linear_definition(
     scales: torch.Tensor,
     zero_points: torch.Tensor | None,
     offsets: torch.Tensor | None,
+    table: torch.Tensor | None,
     bias: torch.Tensor | None,
     bits: int,
     int8_activations: bool,
@@ -31,7 +32,7 @@ def quantized_linear_definition(
     that multiply codes by codes; gradients pass through that rounding unchanged.
     """
     wide = accumulate_type(x.dtype)
-    weight = dequantize(codes, scales, zero_points, offsets, bits, x.shape[-1], wide)
+    weight = dequantize(codes, scales, zero_points, offsets, bits, x.shape[-1], wide, table)
     inputs = x.to(wide)
     if int8_activations:
         inputs = inputs + (rounded_activations(inputs, block_of(codes, bits)) - inputs).detach()
@@ -57,17 +58,20 @@ def quantized_linear(
     scales: torch.Tensor,
     zero_points: torch.Tensor | None,
     offsets: torch.Tensor | None,
+    table: torch.Tensor | None,
     bias: torch.Tensor | None,
     bits: int,
     int8_activations: bool,
 ) -> torch.Tensor:
     """Multiply `x` by a quantised weight; see `quantized_linear_definition` for the shapes."""
     activations: Activations = "int8" if int8_activations else "float32"
-    out = kernel_quantized_linear(x, codes, scales, zero_points, offsets, bias, bits, activations=activations)
+    out = kernel_quantized_linear(
+        x, codes, scales, zero_points, offsets, table, bias, bits, activations=activations
+    )
     if out is not None:
         return out
     return quantized_linear_definition(
-        x, codes, scales, zero_points, offsets, bias, bits, int8_activations
+        x, codes, scales, zero_points, offsets, table, bias, bits, int8_activations
     ).contiguous()
 
 
@@ -78,6 +82,7 @@ def _(
     scales: torch.Tensor,
     zero_points: torch.Tensor | None,
     offsets: torch.Tensor | None,
+    table: torch.Tensor | None,
     bias: torch.Tensor | None,
     bits: int,
     int8_activations: bool,
@@ -85,7 +90,7 @@ def _(
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-differentiate_through_definition(quantized_linear, quantized_linear_definition, tensor_count=6)
+differentiate_through_definition(quantized_linear, quantized_linear_definition, tensor_count=7)
 
 
 def quantized_linear_cost(
@@ -97,9 +102,10 @@ def quantized_linear_cost(
     bits: int,
     zero_points: bool = False,
     offsets: bool = False,
+    table: bool = False,
     element_bytes: int = 4,
 ) -> Cost:
-    weight = stored_bytes(N, K, block, bits, zero_points=zero_points, offsets=offsets)
+    weight = stored_bytes(N, K, block, bits, zero_points=zero_points, offsets=offsets, table=table)
     return Cost(flops=2 * tokens * K * N, bytes_moved=weight + tokens * (K + N) * element_bytes)
 
 

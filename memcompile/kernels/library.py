@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from memcompile.kernels.build import BuildError, build
 
-TYPES: Final = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
+TYPES: Final = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4, "int3": 5}
 MAX_HEAD_WIDTH: Final = 256
 
 
@@ -61,7 +61,7 @@ class CLinear(ctypes.Structure):
         *((name, c_int64) for name in ("M", "N", "K")),
         ("x", c_void_p), ("out", c_void_p), ("weight", c_void_p),
         ("weight_type", c_int32), ("block", c_int32),
-        *((name, c_void_p) for name in ("scales", "zero_points", "offsets", "bias")),
+        *((name, c_void_p) for name in ("scales", "zero_points", "offsets", "table", "bias")),
         ("activations", c_int32), ("parallel", c_void_p), ("host", c_void_p), ("threads", c_int32),
     ]  # fmt: skip
 

@@ -127,7 +127,15 @@ def lazy_weight(producer: Producer, row: QuantizedWeight, rows: int) -> Quantize
     `row` is one row of such a weight: shapes and types are taken from it.
     """
     parts: dict[str, Any] = {
-        name: LazyParameter(Part(producer, name, (rows, *tensor.shape[1:]), tensor.dtype))
+        name: LazyParameter(
+            # all rows share a table
+            Part(
+                producer,
+                name,
+                tuple(tensor.shape) if name == "table" else (rows, *tensor.shape[1:]),
+                tensor.dtype,
+            )
+        )
         for name, tensor in row.tensors().items()
     }
     return dataclasses.replace(row, **parts)

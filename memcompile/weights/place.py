@@ -32,6 +32,7 @@ def tensors_of(weight: QuantizedWeight) -> dict[str, torch.Tensor | None]:
         "scales": weight.scales,
         "zero_points": weight.zero_points,
         "offsets": weight.offsets,
+        "table": weight.table,
     }
 
 

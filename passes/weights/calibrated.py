@@ -21,9 +21,10 @@ from memcompile.progress import Progress
 from memcompile.regions import WeightRegion, weight_regions
 from memcompile.rewrite.fingerprint import graph_text
 from memcompile.weights.clip import clipped
+from memcompile.weights.codebook import codebook, quantize_without_data
 from memcompile.weights.gptq import gptq
-from memcompile.weights.methods import ZeroPoint, quantize
-from memcompile.weights.parameter import LazyParameter
+from memcompile.weights.methods import ZeroPoint
+from memcompile.weights.parameter import LazyParameter, evaluated
 from memcompile.weights.place import operands, tensors_of
 from memcompile.weights.scaling import EXPONENTS, Inputs, ScaleInputs, search_scale
 
@@ -51,8 +52,9 @@ class Recipe:
 
     def rounded(self, weight: torch.Tensor, bits: int) -> QuantizedWeight:
         """The weight rounded without data: how scales are compared."""
-        method = "hqq" if self.method == "hqq" else "rtn"
-        return quantize(weight, bits=bits, block=self.block, zero_point=self.zero_point, method=method)
+        return quantize_without_data(
+            weight, bits=bits, block=self.block, zero_point=self.zero_point, method=self.method
+        )
 
     def quantized(self, weight: torch.Tensor, hessian: torch.Tensor, bits: int) -> QuantizedWeight:
         """The weight by the recipe's method."""
@@ -61,6 +63,8 @@ class Recipe:
             return gptq(weight, hessian, clip=self.clip, **format_)
         if self.method == "clip":
             return clipped(weight, hessian, **format_)
+        if self.method == "kmeans":
+            return codebook(weight, bits=bits, block=self.block, moments=hessian.diagonal())
         return self.rounded(weight, bits)
 
 
@@ -116,6 +120,7 @@ def calibrated_weight(
         statistics.get("offsets"),
         bits,
         width,
+        statistics.get("table"),
     )
 
 
@@ -153,8 +158,10 @@ class _Worker:
         biases = [None if bias is None else window[places[bias]] for window in windows]
         if self._group is None or self._group.source is not source:
             self._group = self._new_group(source, inputs)
-        group, weight = self._group, region.stored
-        assert weight is not None
+        group, stored = self._group, region.stored
+        assert stored is not None
+        # what is found is stored at once, so that nothing of it may be lazy
+        weight = evaluated(stored)
         scale, shift = group.scale, group.inputs.shift
         scaled = weight.float() if scale is None else weight.float() * scale
         quantized = self.recipe.quantized(scaled, group.hessian, self.recipe.bits[region.region])

@@ -1,4 +1,4 @@
-"""`weights.quantize`: store the weights of linear layers and of the embedding as 8- or 4-bit codes."""
+"""`weights.quantize`: store the weights of linear layers and of the embedding as 8-, 4- or 3-bit codes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ from memcompile.regions import Refusal, WeightRegion, argument, weight_regions
 from memcompile.rewrite.emit import Emit
 from memcompile.rewrite.entry import Workload
 from memcompile.rewrite.pass_ import NO_CONTEXT, Context, Exactness, Order, Pass, PassConfig, Preset
-from memcompile.weights.methods import ZeroPoint, quantize
-from memcompile.weights.place import operands
+from memcompile.weights.codebook import quantize_without_data
+from memcompile.weights.methods import ZeroPoint
+from memcompile.weights.place import operands, tensors_of
 from memcompile.weights.scaling import ScaleInputs
 
 Block = Literal[16, 32, 64, 128, 256]
@@ -40,10 +41,10 @@ class WeightsConfig(PassConfig):
 
     exclusive = (("average_bits", "max_bytes", "max_loss"),)
 
-    bits: Literal[8, 4, "mixed"] | None = Field(
+    bits: Literal[8, 4, 3, "mixed"] | None = Field(
         default=8,
-        description="of a weight; mixed: 8 or 4 by weight, under one of the three budgets; none: leave the "
-        "weights alone",
+        description="of a weight; 3: for method kmeans; mixed: 8 or 4 by weight, under one of the three "
+        "budgets; none: leave the weights alone",
     )
     average_bits: Annotated[float, Field(ge=4, le=8)] | None = Field(
         default=None, description="bits mixed: of a code, the mean over weights; scales come on top"
@@ -61,10 +62,16 @@ class WeightsConfig(PassConfig):
         description="what a block has besides its scale: nothing (codes are symmetric), the code that stands "
         "for zero, or the float it is shifted by (exact, but read by a second, small product)",
     )
-    method: Literal["rtn", "hqq", "clip", "gptq"] = Field(
+    method: Literal["rtn", "hqq", "kmeans", "clip", "gptq"] = Field(
         default="rtn",
-        description="round to nearest, half-quadratic quantisation (neither needs data); on calibration "
-        "text: clip, where each block's range shrinks to where outputs change least, or GPTQ",
+        description="round to nearest, half-quadratic quantisation, or kmeans, whose codes number a table of "
+        "values that each weight has of its own (none of these needs data); on calibration text: clip, where "
+        "each block's range shrinks to where outputs change least, or GPTQ",
+    )
+    weigh_inputs: bool = Field(
+        default=False,
+        description="method kmeans: an error of a weight counts by the mean square of its input on "
+        "calibration text; without, all count the same",
     )
     clip: bool = Field(default=False, description="method gptq: its grids are found as those of clip are")
     scale_inputs: ScaleInputs = Field(
@@ -83,7 +90,7 @@ class WeightsConfig(PassConfig):
     activations: Literal["int8", "float"] = Field(
         default="int8",
         description="what the kernel multiplies the codes by: activations rounded to int8 a block, or floats "
-        "(slower; 8-bit codes are then multiplied as two halves)",
+        "(slower; 8-bit codes are then multiplied as two halves); floats for method kmeans",
     )
     lm_head: bool = Field(default=True, description="quantise the product that gives the logits")
     embedding: bool = Field(
@@ -92,7 +99,8 @@ class WeightsConfig(PassConfig):
     )
     experts: bool = Field(
         default=True,
-        description="quantise the experts of mixtures; by rounding or HQQ, and without float zero points",
+        description="quantise the experts of mixtures; by rounding or HQQ, and without float zero points or "
+        "tables",
     )
     modules: list[str] | None = Field(
         default=None,
@@ -115,10 +123,31 @@ class WeightsConfig(PassConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _tables_have_a_format_of_their_own(self) -> WeightsConfig:
+        if self.method != "kmeans":
+            for name, given in (("bits", self.bits == 3), ("weigh_inputs", self.weigh_inputs)):
+                if given:
+                    raise ValueError(
+                        f"{name}: {getattr(self, name)} is for method kmeans; method is {self.method}"
+                    )
+        elif self.bits in (8, "mixed"):
+            raise ValueError(f"method kmeans has tables for bits 4 and 3; bits is {self.bits}")
+        elif self.clip:
+            raise ValueError("clip is for method gptq; method is kmeans")
+        elif self.zero_point != "none":
+            raise ValueError(
+                f"method kmeans has a table, and no zero points; zero_point is {self.zero_point}"
+            )
+        return self
+
 
 @dataclass(frozen=True, slots=True)
 class WeightsFacts:
-    """The format of one weight. bits: where they are mixed, the most; share: of those bytes, expected."""
+    """The format of one weight. bits: where they are mixed, the most; share: of those bytes, expected.
+
+    chosen: what the plan did not spell out.
+    """
 
     bits: int
     block: int
@@ -126,6 +155,7 @@ class WeightsFacts:
     method: str
     int8_activations: bool
     share: float = 1.0
+    chosen: str = ""
 
     @property
     def format(self) -> tuple[object, ...]:
@@ -134,20 +164,23 @@ class WeightsFacts:
 
 
 class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsFacts]):
-    """Store weights of linear layers and of the token embedding as 8-bit or 4-bit codes in blocks.
+    """Store weights of linear layers and of the token embedding as 8-, 4- or 3-bit codes in blocks.
 
     Rewrites:  linear layers, the product that gives the logits, the embedding of tokens, and experts.
                `layers` narrows it to layers (head and embedding are outside of all), `modules` to paths.
-    Needs:     calibration text for methods clip and gptq, scale_inputs and shift_inputs; without these rtn
-               and hqq look at the weights alone.
+    Needs:     calibration text for methods clip and gptq, scale_inputs, shift_inputs and weigh_inputs;
+               without these rtn, hqq and kmeans look at the weights alone.
     Refuses:   weights that are computed at run time, weights already quantised.
     Loses:     at most half a step a weight: 0.4% of a block's largest magnitude at 8 bits, 7% at 4 bits;
-               int8 activations lose another 0.4% of a block's largest input.
+               int8 activations lose another 0.4% of a block's largest input. The steps of a table (kmeans)
+               are finer where more of the weights are.
     Costs:     a float32 scale a block (1 bit a weight at 32), and as much again with float zero points; saves
-               3/4 of float32 weights at 8 bits, 27/32 at 4 (block 32). Decoding reads that much less.
+               3/4 of float32 weights at 8 bits, 27/32 at 4, 7/8 at 3 (block 32). Decoding reads that much
+               less. A table takes 64 bytes a matrix; without the kernel library ONNX Runtime makes floats of
+               its codes on loading, and TVM artifacts store floats.
     Identity:  bits none.
     Presets:   int8, int8_smooth, int8_smoothquant, int8_mptq, int4, int4_hqq, int4_awq, int4_gptq,
-               int4_awq_gptq, mixed_5bit: as ONNX Runtime's MatMulNBits reads them
+               int4_awq_gptq, mixed_5bit: as ONNX Runtime's MatMulNBits reads them; int4_kmeans, edkm
     """
 
     name: ClassVar[str] = "weights.quantize"
@@ -215,6 +248,25 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
             "Lin et al. 2024, AWQ, arXiv:2306.00978, and Frantar et al. 2023, GPTQ, arXiv:2210.17323",
             "Four bits a weight: AWQ's scales and clipped ranges, GPTQ's rounding.",
         ),
+        "int4_kmeans": Preset(
+            {
+                "bits": 4,
+                "block_size": 32,
+                "method": "kmeans",
+                "weigh_inputs": True,
+                "activations": "float",
+            },
+            "the tables of Cho et al. 2023, eDKM, arXiv:2309.00964, without its training",
+            "Four bits a weight, each the number of one of 16 values that k-means finds for its matrix; an "
+            "error counts by its input on calibration text.",
+        ),
+        "edkm": Preset(
+            {"bits": 3, "block_size": 32, "method": "kmeans", "weigh_inputs": True, "activations": "float"},
+            "Cho et al. 2023, eDKM, arXiv:2309.00964",
+            "Three bits a weight, each the number of one of 8 values that k-means finds for its matrix. The "
+            "paper clusters while it trains, without scales; here nothing is trained, and blocks have "
+            "scales.",
+        ),
         "mixed_5bit": Preset(
             {
                 "bits": "mixed",
@@ -267,7 +319,7 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
             scale_inputs=config.scale_inputs,
             exponent=config.scale_exponent,
             shift_inputs=config.shift_inputs,
-            int8_activations=config.activations == "int8",
+            int8_activations=_rounds_inputs(config),
         )
         codes = calibrate_codes(graph_module, weights, recipe, data, progress)
         return codes if chosen is None else joined(codes, chosen)
@@ -276,7 +328,7 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
         return WeightsConfig(bits=None)
 
     def budgets(self) -> tuple[WeightsConfig, WeightsConfig]:
-        least = WeightsConfig(bits=4, block_size=256, method="rtn", activations="float")
+        least = WeightsConfig(bits=3, block_size=256, method="kmeans", activations="float")
         most = WeightsConfig(bits=8, block_size=16, zero_point="float", method="hqq", activations="float")
         return least, most
 
@@ -329,11 +381,14 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
             return self.refuse(region, "its weight is computed at run time")
         if isinstance(region, ExpertsRegion) and config.zero_point == "float":
             return self.refuse(region, "experts have no float zero points")
+        if isinstance(region, ExpertsRegion) and config.method == "kmeans":
+            return self.refuse(region, "experts have no tables of values")
         bits = 8 if config.bits == "mixed" else config.bits
         share = 1.0 if config.average_bits is None else config.average_bits / 8
-        return WeightsFacts(
-            bits, config.block_size, config.zero_point, config.method, config.activations == "int8", share
-        )
+        int8, chosen = _rounds_inputs(config), ""
+        if config.activations == "int8" and not int8:
+            chosen = "inputs stay floats: codes of a table cannot be multiplied as whole numbers"
+        return WeightsFacts(bits, config.block_size, config.zero_point, config.method, int8, share, chosen)
 
     def rewrite(self, region: WeightRegion | ExpertsRegion, facts: WeightsFacts, emit: Emit) -> None:
         if isinstance(region, ExpertsRegion):
@@ -349,6 +404,8 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
             )
             return
         node, weight = region.node, region.weight
+        if facts.chosen and region.kind != "embedding":
+            emit.decide(facts.chosen)
         if "bits" in emit.statistics:
             facts = replace(facts, bits=int(emit.statistics["bits"]))
             emit.decide(
@@ -384,7 +441,11 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
             drop_input(source, emit)
 
     def cost(self, region: WeightRegion | ExpertsRegion, facts: WeightsFacts, workload: Workload) -> Cost:
-        kind = {"zero_points": facts.zero_point == "integer", "offsets": facts.zero_point == "float"}
+        kind = {
+            "zero_points": facts.zero_point == "integer",
+            "offsets": facts.zero_point == "float",
+            "table": facts.method == "kmeans",
+        }
         if isinstance(region, ExpertsRegion):
             index, codes = argument(region.node, "index").meta["val"], facts.zero_point == "integer"
             experts = int(argument(region.node, "gate_up").meta["val"].shape[0])
@@ -410,7 +471,13 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
 
 def _reads_data(config: WeightsConfig) -> bool:
     """Whether calibration text decides about the codes themselves."""
-    return config.method in ("clip", "gptq") or config.scale_inputs != "none" or config.shift_inputs
+    scaled = config.scale_inputs != "none" or config.shift_inputs
+    return config.method in ("clip", "gptq") or config.weigh_inputs or scaled
+
+
+def _rounds_inputs(config: WeightsConfig) -> bool:
+    """Whether products round their inputs to int8: entries of a table are floats."""
+    return config.activations == "int8" and config.method != "kmeans"
 
 
 def _matches(pattern: str, region: WeightRegion | ExpertsRegion) -> bool:
@@ -423,7 +490,7 @@ def _shared(graph_module: fx.GraphModule, stored: tuple[object, ...]) -> tuple[A
     """The codes of a weight that another region stored before: a tied head and embedding keep one copy."""
     for node in graph_module.graph.nodes:
         if node.meta.get("quantized_from") == stored:
-            return tuple(node.args[1:5])
+            return tuple(node.args[1:6])
     return None
 
 
@@ -432,23 +499,16 @@ def _store(region: WeightRegion, facts: WeightsFacts, emit: Emit) -> tuple[fx.No
     assert weight is not None
     found = calibrated_weight(emit.statistics, facts.bits, region.width)
     if found is None:
-        # a table of rows multiplies nothing, so that there is no data for it: it is rounded
-        method = "hqq" if facts.method == "hqq" else "rtn"
-        found = quantize(
-            weight, bits=facts.bits, block=facts.block, zero_point=facts.zero_point, method=method
+        # an embedding multiplies nothing, so that there is no data for it
+        found = quantize_without_data(
+            weight, bits=facts.bits, block=facts.block, zero_point=facts.zero_point, method=facts.method
         )
     return store_buffers(found, region, emit)
 
 
 def store_buffers(found: QuantizedWeight, region: WeightRegion, emit: Emit) -> tuple[fx.Node | None, ...]:
-    """The nodes that read codes, scales, zero points and offsets; None for what the format lacks."""
-    tensors = {
-        "codes": found.codes,
-        "scales": found.scales,
-        "zero_points": found.zero_points,
-        "offsets": found.offsets,
-    }
+    """The nodes that read codes, scales, zero points, offsets and table; None for what the format lacks."""
     return tuple(
         None if tensor is None else emit.buffer(f"{region.region}_{name}", tensor, before=region.node)
-        for name, tensor in tensors.items()
+        for name, tensor in tensors_of(found).items()
     )

@@ -21,7 +21,14 @@ EDGES = (1, 63, 64, 65, 200)
 
 
 def codes_of(
-    rows: int, width: int, *, bits: int = 4, block: int = 32, zero_points: bool = False, offsets: bool = False
+    rows: int,
+    width: int,
+    *,
+    bits: int = 4,
+    block: int = 32,
+    zero_points: bool = False,
+    offsets: bool = False,
+    table: bool = False,
 ) -> QuantizedWeight:
     generator = torch.Generator().manual_seed(rows * 7 + width)
     blocks = -(-width // block)
@@ -34,6 +41,7 @@ def codes_of(
         torch.randn(rows, blocks, generator=generator) if offsets else None,
         bits,
         width,
+        torch.randn(1 << bits, generator=generator) if table else None,
     )
 
 
@@ -48,12 +56,17 @@ def one_by_one(weight: QuantizedWeight) -> torch.Tensor:
             if weight.bits == 8:
                 code = int(weight.codes[n, b, i])
                 zero = 128 if weight.zero_points is None else int(weight.zero_points[n, b])
+            elif weight.bits == 3:
+                part = weight.codes[n, b, i // 16 * 6 :]
+                low = int(part[i % 16 // 4]) >> (2 * (i % 4)) & 3
+                code = low + 4 * (int(part[4 + i % 16 // 8]) >> (i % 8) & 1)
             else:
                 code = (int(weight.codes[n, b, i // 2]) >> (4 * (i % 2))) & 15
                 zero = 8
                 if weight.zero_points is not None:
                     zero = (int(weight.zero_points[n, b // 2]) >> (4 * (b % 2))) & 15
-            value = float(weight.scales[n, b]) * (code - zero)
+            meant = code - zero if weight.table is None else float(weight.table[code])
+            value = float(weight.scales[n, b]) * meant
             out[n, k] = value + (0.0 if weight.offsets is None else float(weight.offsets[n, b]))
     return out
 
@@ -63,11 +76,15 @@ FORMATS = [
     for bits in (4, 8)
     for block in (16, 64)
     for zero_points, offsets in ((False, False), (True, False), (False, True))
+] + [
+    {"bits": bits, "block": block, "zero_points": False, "offsets": False, "table": True}
+    for bits in (3, 4)
+    for block in (16, 64)
 ]
 
 
 def arguments(weight: QuantizedWeight) -> tuple[torch.Tensor | None, ...]:
-    return weight.codes, weight.scales, weight.zero_points, weight.offsets
+    return weight.codes, weight.scales, weight.zero_points, weight.offsets, weight.table
 
 
 @settings(max_examples=40, deadline=None)
@@ -77,6 +94,16 @@ def test_codes_survive_packing(bits: int, count: int) -> None:
     packed = pack(values, bits)
     assert packed.shape[-1] == -(-count * bits // 8)
     assert torch.equal(unpack(packed, bits, count), values)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sixteens=st.integers(1, 5), seed=st.integers(0, 99))
+def test_codes_of_three_bits_take_three(sixteens: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, 8, (2, 16 * sixteens), dtype=torch.uint8, generator=generator)
+    packed = pack(values, 3)
+    assert packed.shape[-1] == 6 * sixteens
+    assert torch.equal(unpack(packed, 3, 16 * sixteens - 1), values[:, :-1])
 
 
 @pytest.mark.parametrize("format_", FORMATS, ids=str)
@@ -138,7 +165,7 @@ def test_gradients_reach_the_input_the_scales_and_the_bias(int8: bool) -> None:
     x = torch.randn(3, 40, requires_grad=True)
     bias, scales = torch.randn(5, requires_grad=True), weight.scales.clone().requires_grad_(True)
     offsets = weight.offsets
-    quantized_linear(x, weight.codes, scales, None, offsets, bias, 4, int8).sum().backward()
+    quantized_linear(x, weight.codes, scales, None, offsets, None, bias, 4, int8).sum().backward()
     dense = weight.dequantized()
     assert x.grad is not None
     assert bias.grad is not None
@@ -163,6 +190,17 @@ def test_fake_values_have_the_shape_and_type_of_real_ones(dtype: torch.dtype) ->
     assert (fake_rows.shape, fake_rows.dtype) == (rows.shape, rows.dtype) == ((1, 2, 48), dtype)
 
 
+def test_gradients_reach_the_table() -> None:
+    weight = codes_of(3, 32, table=True)
+    assert weight.table is not None
+    table = weight.table.clone().requires_grad_(True)
+    x = torch.randn(2, 32)
+    quantized_linear(x, weight.codes, weight.scales, None, None, table, None, 4, False).sum().backward()
+    code, inputs = unpack(weight.codes, 4, 32).flatten(-2).long(), x.sum(0) * weight.scales
+    expected = torch.zeros(16).index_add(0, code.flatten(), inputs.flatten())
+    torch.testing.assert_close(table.grad, expected, atol=1e-5, rtol=0)
+
+
 def test_the_operators_pass_torchs_own_checks() -> None:
     weight = codes_of(4, 32)
     torch.library.opcheck(
@@ -176,5 +214,7 @@ def test_the_operators_pass_torchs_own_checks() -> None:
 def test_the_cost_counts_codes_and_scales() -> None:
     cost = quantized_linear_cost(tokens=1, K=64, N=10, block=32, bits=4)
     assert cost.bytes_moved == 10 * (32 + 2 * 4) + (64 + 10) * 4
+    with_table = quantized_linear_cost(tokens=1, K=64, N=10, block=32, bits=3, table=True)
+    assert with_table.bytes_moved == 10 * (24 + 2 * 4) + 8 * 4 + (64 + 10) * 4
     assert cost.flops == 2 * 64 * 10
     assert {"quantized_linear", "quantized_embedding"} <= set(DIALECT)

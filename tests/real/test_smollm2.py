@@ -151,3 +151,25 @@ def test_heads_leave_the_model_and_a_few_steps_recover_some_of_it(
     found = re.search(r"was (\S+) nats a token, and is (\S+)$", result.decisions[-1].text)
     assert found is not None
     assert 0 < float(found[2]) < float(found[1])
+
+
+def test_tables_of_four_bits_lose_less_than_rounding(
+    smollm2_path: Path, prompt: list[int], book: str
+) -> None:
+    found = {}
+    methods: dict[str, dict[str, Any]] = {"rtn": {"zero_point": "integer"}, "kmeans": {"weigh_inputs": True}}
+    for method, values in methods.items():
+        captured = capture(str(smollm2_path), weights="float32")
+        # not the text that is predicted below
+        text = captured.tokenizer(book[20_000:28_000]).input_ids[:1024]
+        windows = token_windows(text, 512)
+        config = {"bits": 4, "method": method, "activations": "float", **values}
+        one = entry("weights.quantize", layers="all", **config)
+        apply(captured.graph, [one], calibration=CalibrationData(windows))
+        tokens = torch.tensor([prompt])
+        with torch.no_grad():
+            outputs = captured.graph(tokens, torch.arange(PROMPT_TOKENS).unsqueeze(0))
+        assert captured.logits_index is not None
+        logits = outputs[captured.logits_index][0, :-1]
+        found[method] = float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:]).exp())
+    assert found["kmeans"] < found["rtn"]

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from memcompile.errors import MemcompileError
+from memcompile.weights.codebook import codebook
 from memcompile.weights.lazy import (
     Cast,
     Concat,
@@ -132,6 +133,32 @@ def test_quantised_on_disk_equals_quantised_in_memory(
         part = lazily.tensors()[name]
         assert isinstance(part, LazyParameter)
         assert torch.equal(part.expression.evaluate(), tensor)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_table_of_a_weight_on_disk_is_that_of_one_in_memory(
+    stored: tuple[Stored, torch.Tensor], bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memcompile.weights.codebook.TOGETHER", 48 * 7)
+    monkeypatch.setattr("memcompile.weights.codebook.PIECE_BYTES", 48 * 4 * 20)
+    lazily, eagerly = (codebook(weight, bits=bits, block=32) for weight in (parameter(stored[0]), stored[1]))
+    assert lazily.tensors().keys() == eagerly.tensors().keys() == {"codes", "scales", "table"}
+    for name, tensor in eagerly.tensors().items():
+        part = lazily.tensors()[name]
+        assert isinstance(part, LazyParameter)
+        assert part.shape == tensor.shape
+        assert torch.equal(part.expression.evaluate(), tensor)
+
+
+def test_a_table_weighed_by_inputs_is_made_at_once(stored: tuple[Stored, torch.Tensor]) -> None:
+    moments = torch.rand(stored[1].shape[1]) ** 4
+    lazily, eagerly = (
+        codebook(weight, bits=3, block=32, moments=moments) for weight in (parameter(stored[0]), stored[1])
+    )
+    assert not torch.equal(eagerly.codes, codebook(stored[1], bits=3, block=32).codes)
+    for name, tensor in eagerly.tensors().items():
+        assert not isinstance(lazily.tensors()[name], LazyParameter)
+        assert torch.equal(lazily.tensors()[name], tensor)
 
 
 def test_views_and_casts_of_a_parameter_stay_lazy(stored: tuple[Stored, torch.Tensor]) -> None:

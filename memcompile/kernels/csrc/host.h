@@ -6,7 +6,7 @@
 #pragma GCC visibility push(default)
 extern "C" {
 
-enum McType : int32_t { MC_F32 = 0, MC_BF16 = 1, MC_F16 = 2, MC_I8 = 3, MC_I4 = 4 };
+enum McType : int32_t { MC_F32 = 0, MC_BF16 = 1, MC_F16 = 2, MC_I8 = 3, MC_I4 = 4, MC_I3 = 5 };
 
 typedef void (*McTask)(void *data, size_t index);
 // Runs task(data, 0 .. count-1), in any order, on the host's threads; returns when all are done.

@@ -249,10 +249,12 @@ int32_t mc_linear(const McLinear *call) {
     if (!chosen) return NO_CPU;
     McLinear l = *call;
     if (l.M < 0 || l.N < 0 || l.K < 1) return SIZES;
-    bool coded = l.weight_type == MC_I8 || l.weight_type == MC_I4;
+    bool coded = l.weight_type == MC_I8 || l.weight_type == MC_I4 || l.weight_type == MC_I3;
     if (!coded && l.weight_type != MC_F32 && l.weight_type != MC_BF16) return SIZES;
     if (coded && (!l.scales || (l.block != 32 && l.block != 64 && l.block != 128 && l.block != 256))) return SIZES;
     if (l.activations != MC_F32 && l.activations != MC_BF16 && (l.activations != MC_I8 || !coded)) return SIZES;
+    if (l.weight_type == MC_I3 && !l.table) return SIZES;
+    if (l.table && (!coded || l.weight_type == MC_I8 || l.zero_points || l.offsets || l.activations == MC_I8)) return SIZES;
     if (!l.M || !l.N) return DONE;
     use_threads(l);
     return chosen->linear(l);

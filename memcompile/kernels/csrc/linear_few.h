@@ -15,7 +15,14 @@ struct Few {
 };
 
 // The code that stands for zero where a block has no zero point.
-static inline float middle_of(const McLinear &l) { return l.weight_type == MC_I4 ? 8.0f : 128.0f; }
+static inline float middle_of(const McLinear &l) { return l.table ? 0.0f : l.weight_type == MC_I4 ? 8.0f : 128.0f; }
+
+// The table of a weight that has one, otherwise of what codes of 4 bits stand for.
+static inline Table table_of(const McLinear &l) {
+    float centred[16];
+    for (int i = 0; i < 16; i++) centred[i] = (float)(i - 8);
+    return l.table ? load_table(l.table, 1 << bits_of(l.weight_type)) : load_table(centred, 16);
+}
 
 // What is added to scale * (code - middle), for `count`, up to LANES, blocks of a row from block b on.
 static inline Vf shifts_of(const McLinear &l, int64_t n, int64_t b, int64_t blocks, int64_t count) {
@@ -98,29 +105,27 @@ template <int TYPE, int N, int R> static void few_codes(const Inputs &in, int64_
         for (int r = 0; r < R; r++) sum[i][r] = held[i][r];
 }
 
-// LANES bytes of codes as floats, less the code in the middle.
-template <int TYPE> static inline void centred(const uint8_t *p, Vf &low, Vf &high) {
-    Vi bytes = widen_bytes(p);
-    if constexpr (TYPE == MC_I8) {
-        low = to_floats(bytes - 128);
+// LANES bytes of codes as floats, less the code in the middle; of 3 bits the LANES codes from weight k of a row on.
+template <int TYPE, bool TABLE>
+static inline void values_of(const uint8_t *row, int64_t k, const Table &table, Vf &low, Vf &high) {
+    if constexpr (TYPE == MC_I3) {
+        low = entries(table, widen_threes(row, k));
+    } else if constexpr (TYPE == MC_I8) {
+        low = to_floats(widen_bytes(row + k) - 128);
     } else {
-#if defined(__AVX512F__)
-        Vf values;
-        for (int i = 0; i < LANES; i++) values[i] = (float)(i - 8);
-        // only the low four bits of an index count
-        low = permute(values, bytes), high = permute(values, bytes >> 4);
-#else
-        low = low_codes(bytes), high = high_codes(bytes);
-#endif
+        Vi bytes = widen_bytes(row + k / 2);
+        if constexpr (TABLE || LANES == 16) low = entries(table, bytes), high = entries(table, bytes >> 4);
+        else low = low_codes(bytes), high = high_codes(bytes);
     }
 }
 
 // Codes times floats.
-template <int TYPE, int N, int R> static void few_floats(const Inputs &in, int64_t n, int64_t m, Vf (&sum)[N][R]) {
+template <int TYPE, bool TABLE, int N, int R> static void few_floats(const Inputs &in, int64_t n, int64_t m, Vf (&sum)[N][R]) {
     const McLinear &l = *in.l;
     constexpr int64_t CHUNK = TYPE == MC_I4 ? LANES * 8 : LANES * 4;
-    constexpr int64_t GROUP = TYPE == MC_I4 ? LANES * 2 : LANES;  // weights of LANES bytes
-    int64_t width = in.blocks * l.block * LANES / GROUP;
+    constexpr int64_t GROUP = TYPE == MC_I4 ? LANES * 2 : LANES;  // weights that are taken at once
+    int64_t width = in.blocks * l.block * bits_of(TYPE) / 8;
+    Table table = table_of(l);
     const uint8_t *codes = (const uint8_t *)l.weight + n * width;
     int64_t ahead = round_up(AHEAD, N * width);
     Vf held[N][R] = {};
@@ -131,9 +136,9 @@ template <int TYPE, int N, int R> static void few_floats(const Inputs &in, int64
 #pragma GCC unroll 4
             for (int i = 0; i < N; i++) {
                 Vf low = {}, high = {};
-                const uint8_t *p = codes + i * width + k / (GROUP / LANES);
-                __builtin_prefetch(p + ahead);
-                centred<TYPE>(p, low, high);
+                const uint8_t *row = codes + i * width;
+                __builtin_prefetch(row + k * bits_of(TYPE) / 8 + ahead);
+                values_of<TYPE, TABLE>(row, k, table, low, high);
 #pragma GCC unroll 4
                 for (int r = 0; r < R; r++) {
                     const float *x = in.floats + (m + r) * in.steps + at;
@@ -173,8 +178,10 @@ template <int TYPE, int N, int R> static void few_plain(const Inputs &in, int64_
 
 template <int TYPE, int N, int R> static void few_sums(const Inputs &in, int64_t n, int64_t m, Vf (&sum)[N][R]) {
     if constexpr (TYPE == MC_F32 || TYPE == MC_BF16) few_plain<TYPE, N, R>(in, n, m, sum);
+    else if constexpr (TYPE == MC_I3) few_floats<TYPE, true, N, R>(in, n, m, sum);
     else if (in.codes) few_codes<TYPE, N, R>(in, n, m, sum);
-    else few_floats<TYPE, N, R>(in, n, m, sum);
+    else if (TYPE == MC_I4 && in.l->table) few_floats<TYPE, TYPE == MC_I4, N, R>(in, n, m, sum);
+    else few_floats<TYPE, false, N, R>(in, n, m, sum);
 }
 
 template <int TYPE, int R> static void few_rows(const Inputs &in, int64_t n0, int64_t n1, int64_t m) {
@@ -217,6 +224,7 @@ static void few_task(void *data, size_t index) {
     case MC_F32: return few_of_type<MC_F32>(in, n0, n1);
     case MC_BF16: return few_of_type<MC_BF16>(in, n0, n1);
     case MC_I8: return few_of_type<MC_I8>(in, n0, n1);
+    case MC_I3: return few_of_type<MC_I3>(in, n0, n1);
     default: return few_of_type<MC_I4>(in, n0, n1);
     }
 }

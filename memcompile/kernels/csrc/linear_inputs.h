@@ -12,6 +12,8 @@ namespace MC_ISA {
 // codes the even ones (the low halves of the bytes) come first, then the odd ones; all others keep their order.
 static inline int64_t chunk_of(int32_t weight_type) { return weight_type == MC_I8 ? LANES * 4 : LANES * 8; }
 
+static inline int64_t bits_of(int32_t weight_type) { return weight_type == MC_I8 ? 8 : weight_type == MC_I4 ? 4 : 3; }
+
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 struct Inputs {

@@ -46,20 +46,26 @@ static void unpack_floats(const Inputs &in, int64_t n0, int64_t k, const float *
     const McLinear &l = *in.l;
     bool halves = l.weight_type == MC_I4;
     int64_t group = halves ? 2 * LANES : LANES, end = k + in.chunk < in.blocks * l.block ? k + in.chunk : in.blocks * l.block;
-    int64_t width = halves ? in.blocks * l.block / 2 : in.blocks * l.block;
+    int64_t width = in.blocks * l.block * bits_of(l.weight_type) / 8;
+    bool threes = l.weight_type == MC_I3, tabled = l.table;
+    Table table = table_of(l);
+    auto value = [&](Vi code) { return tabled ? entries(table, code) : to_floats(halves ? code & 15 : code); };
     for (int64_t n = 0; n < PANEL; n += LANES)
         for (int64_t at = k; at < end; at += group) {
-            const uint8_t *codes = (const uint8_t *)l.weight + (n0 + n) * width + (halves ? at / 2 : at);
+            const uint8_t *rows = (const uint8_t *)l.weight + (n0 + n) * width, *codes = rows + (halves ? at / 2 : at);
             const float *scale = scales + at / l.block * PANEL + n, *shift = shifts + at / l.block * PANEL + n;
             Vi bytes[LANES];
             Vf part[LANES];
-            for (int i = 0; i < LANES; i++) bytes[i] = n0 + n + i < l.N ? widen_bytes(codes + i * width) : (Vi){};
+            for (int i = 0; i < LANES; i++)
+                bytes[i] = n0 + n + i >= l.N ? (Vi){}
+                           : threes          ? widen_threes(rows + i * width, at)
+                                             : widen_bytes(codes + i * width);
             float *to = y + (halves ? (at - k) / 2 : at - k) * PANEL + n;
             for (int i = 0; i < LANES; i++)
-                part[i] = to_floats(halves ? bytes[i] & 15 : bytes[i]) * scale[i] + shift[i];
+                part[i] = value(bytes[i]) * scale[i] + shift[i];
             put_columns(part, to);
             if (!halves) continue;
-            for (int i = 0; i < LANES; i++) part[i] = to_floats(bytes[i] >> 4) * scale[i] + shift[i];
+            for (int i = 0; i < LANES; i++) part[i] = value(bytes[i] >> 4) * scale[i] + shift[i];
             put_columns(part, to + in.chunk / 2 * PANEL);
         }
 }

@@ -5,7 +5,7 @@
 
 namespace {
 
-enum Input { X, CODES, SCALES, ZERO_POINTS, OFFSETS, BIAS, INPUTS };
+enum Input { X, CODES, SCALES, ZERO_POINTS, OFFSETS, TABLE, BIAS, INPUTS };
 
 struct Kernel {
     const OrtApi *api;
@@ -21,7 +21,7 @@ OrtStatus *compute(void *kernel, OrtKernelContext *context) {
     int64_t blocks = (op.K + op.block - 1) / op.block, M = 1;
     if (in[X].rank < 1 || in[X].dims[in[X].rank - 1] != op.K || in[CODES].dims[0] != op.N ||
         in[CODES].dims[1] * in[CODES].dims[2] != blocks * op.block * op.bits / 8 ||
-        in[SCALES].dims[0] * in[SCALES].dims[1] != op.N * blocks)
+        in[SCALES].dims[0] * in[SCALES].dims[1] != op.N * blocks || (in[TABLE].data && in[TABLE].dims[0] != 1 << op.bits))
         return create_status(op.api, "memcompile.QuantizedLinear: the sizes of its inputs do not fit together");
     Tensor like = in[X];
     like.dims[like.rank - 1] = op.N;
@@ -32,9 +32,10 @@ OrtStatus *compute(void *kernel, OrtKernelContext *context) {
     McLinear l{};
     l.M = M, l.N = op.N, l.K = op.K;
     l.x = (const float *)in[X].data, l.out = (float *)out.data, l.weight = in[CODES].data;
-    l.weight_type = op.bits == 4 ? MC_I4 : MC_I8, l.block = (int32_t)op.block;
+    l.weight_type = op.bits == 4 ? MC_I4 : op.bits == 3 ? MC_I3 : MC_I8, l.block = (int32_t)op.block;
     l.scales = (const float *)in[SCALES].data, l.zero_points = (const uint8_t *)in[ZERO_POINTS].data;
-    l.offsets = (const float *)in[OFFSETS].data, l.bias = (const float *)in[BIAS].data;
+    l.offsets = (const float *)in[OFFSETS].data, l.table = (const float *)in[TABLE].data;
+    l.bias = (const float *)in[BIAS].data;
     l.activations = (int32_t)op.activations;
     l.parallel = run_on_host, l.host = &host;
     l.threads = processor_threads();
@@ -50,7 +51,7 @@ OrtStatus *create_kernel(const OrtCustomOp *, const OrtApi *api, const OrtKernel
     } ints[] = {{"K", &k.K}, {"N", &k.N}, {"bits", &k.bits}, {"block_size", &k.block}, {"activations", &k.activations}};
     // an attribute that is not there keeps its default
     for (auto &attribute : ints) drop(api, integer(api, info, attribute.name, attribute.value));
-    if (k.K < 1 || k.N < 1 || k.block < 1 || (k.bits != 4 && k.bits != 8))
+    if (k.K < 1 || k.N < 1 || k.block < 1 || (k.bits != 3 && k.bits != 4 && k.bits != 8))
         return create_status(api, "memcompile.QuantizedLinear: K, N, bits or block_size is missing or wrong");
     *made = new Kernel(k);
     return nullptr;

@@ -207,6 +207,33 @@ static inline Vi dot4(Vi sum, Vi bytes, Vi signed_bytes) {
 static inline Vf low_codes(Vi bytes) { return __builtin_convertvector((bytes & 15) - 8, Vf); }
 static inline Vf high_codes(Vi bytes) { return __builtin_convertvector((bytes >> 4) - 8, Vf); }
 
+// LANES codes of 3 bits, from number k on: 16 take six bytes, four of their low two bits, two of the high ones.
+static inline Vi widen_threes(const uint8_t *codes, int64_t k) {
+    const uint8_t *p = codes + k / 16 * 6;
+    int32_t low = 0, high = 0;
+    __builtin_memcpy(&low, p + k % 16 / 4, LANES / 4);
+    __builtin_memcpy(&high, p + 4 + k % 16 / 8, LANES / 8);
+    Vi lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    return (all_int(low) >> 2 * lane & 3) | (all_int(high) >> lane & 1) << 2;
+}
+// Entries of a table of 16 floats; only the low four bits of a code count.
+struct Table {
+    Vf part[16 / LANES];
+};
+static inline Table load_table(const float *p, int64_t n) {
+    Table table;
+    for (int64_t i = 0; i < 16 / LANES; i++) table.part[i] = load_some(p + i * LANES, n - i * LANES);
+    return table;
+}
+static inline Vf entries(const Table &table, Vi codes) {
+#if defined(__AVX512F__)
+    return permute(table.part[0], codes);
+#else
+    return (codes & 8) != 0 ? permute(table.part[1], codes) : permute(table.part[0], codes);
+#endif
+}
+
 // The two interleavings of a and b: a0 b0 a1 b1 ...
 static inline void interleave(Vf a, Vf b, Vf &low, Vf &high) {
     Vi lo, hi;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from memcompile.backends.torch import TorchSession
 from memcompile.dialect import DIALECT
 from memcompile.program import build_program
 from memcompile.rewrite.manager import apply
-from tests.backends.onnxruntime.driver import open_session
+from tests.backends.onnxruntime.driver import StepDriver, open_session
 from tests.dialect.test_quantized import FORMATS, arguments, codes_of
 from tests.models import captured_tiny
 from tests.rewrite.tiny import entry
@@ -38,7 +39,9 @@ class _Operator(torch.nn.Module):
         graph = fx.Graph()
         root = torch.nn.Module()
         x = graph.placeholder("x")
-        tensors = dict(zip(("codes", "scales", "zero_points", "offsets"), arguments(weight), strict=True))
+        tensors = dict(
+            zip(("codes", "scales", "zero_points", "offsets", "table"), arguments(weight), strict=True)
+        )
         tensors |= {"bias": bias} if name == "quantized_linear" else {}
         operands: list[Any] = [x]
         for key, tensor in tensors.items():
@@ -198,3 +201,25 @@ def test_a_tied_embedding_is_stored_once(tmp_path: Path) -> None:
     assert operators.count("MatMulNBits") == 15
     assert operators.count("GatherBlockQuantized") == 1
     assert json.loads((tmp_path / "genai_config.json").read_text())["model"]["type"] == "decoder"
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_tables_are_multiplied_by_the_kernel_graph_and_written_out_in_the_portable_one(
+    bits: int, tmp_path: Path
+) -> None:
+    captured = captured_tiny("llama", tie_word_embeddings=True, hidden_size=64, vocab_size=1000)
+    apply(captured.graph, [entry("weights.quantize", bits=bits, method="kmeans", activations="float")])
+    program = build_program(captured)
+    lowered = OnnxRuntimeBackend().lower(program, tmp_path, device="cpu", progress=lambda _: None)
+    function, judge, ids = lowered.functions["step"], TorchSession(program), list(range(5, 40))
+    expected = judge.prefill(judge.new_state(1), [ids], all_logits=True)[0]
+    assert function.kernel_file is not None
+    operators = {}
+    for file in (function.file, function.kernel_file):
+        one = replace(lowered, functions={"step": replace(function, file=file)})
+        found = StepDriver(tmp_path, one, 64).step(ids, list(range(len(ids))))
+        np.testing.assert_allclose(found, expected, atol=2e-5, rtol=0)
+        nodes = onnx.load(tmp_path / file, load_external_data=False).graph.node
+        operators[file] = [node.op_type for node in nodes]
+    assert operators[function.kernel_file].count("QuantizedLinear") == 15
+    assert not {"QuantizedLinear", "MatMulNBits"} & set(operators[function.file])

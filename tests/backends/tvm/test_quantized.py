@@ -16,7 +16,9 @@ from tests.models import captured_tiny
 from tests.rewrite.tiny import entry
 
 
-@pytest.mark.parametrize("values", [{"bits": 8}, {"bits": 4, "zero_point": "float"}], ids=str)
+@pytest.mark.parametrize(
+    "values", [{"bits": 8}, {"bits": 4, "zero_point": "float"}, {"bits": 3, "method": "kmeans"}], ids=str
+)
 def test_a_quantised_model_agrees_with_the_torch_program(values: dict[str, Any], tmp_path: Path) -> None:
     captured = captured_tiny("llama", tie_word_embeddings=True)
     apply(captured.graph, [entry("weights.quantize", block_size=16, activations="float", **values)])

@@ -82,7 +82,7 @@ def test_a_tied_head_and_embedding_share_one_copy() -> None:
     graph = captured_tiny("llama", tie_word_embeddings=True).graph
     quantized(graph, bits=4, block_size=16)
     (table,), head = nodes(graph, EMBEDDING), nodes(graph, LINEAR)[-1]
-    assert table.args[1:5] == head.args[1:5]
+    assert table.args[1:6] == head.args[1:6]
     assert len([name for name, _ in graph.named_buffers() if "embed" in name]) == 2
 
 
@@ -198,11 +198,64 @@ def test_none_may_be_written_as_a_word() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"bits": 3}, {"block_size": 48}, {"zero_point": "maybe"}, {"method": "awq2"}]
+    "values",
+    [
+        {"bits": 5},
+        {"block_size": 48},
+        {"zero_point": "maybe"},
+        {"method": "awq2"},
+    ],
 )
 def test_refuses_a_setting(values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         WeightsConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"bits": 3}, "bits: 3 is for method kmeans; method is rtn"),
+        ({"bits": 4, "weigh_inputs": True}, "weigh_inputs: True is for method kmeans; method is rtn"),
+        ({"method": "kmeans"}, "method kmeans has tables for bits 4 and 3; bits is 8"),
+        ({"method": "kmeans", "bits": "mixed", "average_bits": 5}, "for bits 4 and 3; bits is mixed"),
+        (
+            {"method": "kmeans", "bits": 4, "zero_point": "integer"},
+            "method kmeans has a table, and no zero points; zero_point is integer",
+        ),
+        ({"method": "kmeans", "bits": 4, "clip": True}, "clip is for method gptq; method is kmeans"),
+    ],
+)
+def test_refuses_settings_that_do_not_go_with_a_table(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        WeightsConfig(**values)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_tied_head_and_embedding_share_one_table(bits: int) -> None:
+    graph = captured_tiny("llama", tie_word_embeddings=True).graph
+    quantized(graph, bits=bits, method="kmeans", activations="float")
+    (table,), head = nodes(graph, EMBEDDING), nodes(graph, LINEAR)[-1]
+    assert table.args[1:6] == head.args[1:6]
+    assert table.args[5].meta["val"].shape == (1 << bits,)  # type: ignore[union-attr]
+    assert {region.bits for region in weight_regions(graph)} == {bits}
+
+
+def test_inputs_of_a_table_stay_floats_and_the_decision_says_so() -> None:
+    graph = tiny_graph()
+    (asked,) = quantized(graph, bits=4, method="kmeans").outcomes
+    assert not any(node.args[-1] for node in nodes(graph, LINEAR))
+    assert {d.text for d in asked.decisions} == {
+        "inputs stay floats: codes of a table cannot be multiplied as whole numbers"
+    }
+    assert len(asked.decisions) == 13
+    (spelled,) = quantized(tiny_graph(), bits=4, method="kmeans", activations="float").outcomes
+    assert not spelled.decisions
+
+
+def test_refuses_tables_for_experts() -> None:
+    captured = captured_tiny("mixtral")
+    result = apply(captured.graph, [entry("weights.quantize", bits=4, method="kmeans")], strict=False)
+    assert {refusal.reason for refusal in result.refusals} == {"experts have no tables of values"}
 
 
 def loss_of(method: str, folder: Path) -> float:
@@ -210,7 +263,8 @@ def loss_of(method: str, folder: Path) -> float:
     rows = prompts(60, 60)
     want = torch.cat(run(tiny_graph(head_dim=16), rows))
     graph = tiny_graph(head_dim=16)
-    config = {"bits": 4, "zero_point": "integer", "method": method, "activations": "float"}
+    config: dict[str, Any] = {"bits": 4, "method": method, "activations": "float"}
+    config |= {"weigh_inputs": True} if method == "kmeans" else {"zero_point": "integer"}
     # the table is rounded whatever the method: it would only blur the comparison
     result = apply(
         graph,
@@ -223,6 +277,10 @@ def loss_of(method: str, folder: Path) -> float:
 
 def test_gptq_loses_less_than_rounding(tmp_path: Path) -> None:
     assert loss_of("gptq", tmp_path) < 0.9 * loss_of("rtn", tmp_path)
+
+
+def test_tables_weighed_by_inputs_lose_less_than_rounding(tmp_path: Path) -> None:
+    assert loss_of("kmeans", tmp_path) < 0.9 * loss_of("rtn", tmp_path)
 
 
 def test_gptq_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from memcompile.calibrate.collect import CalibrationData
+from memcompile.regions import argument
 from memcompile.rewrite.manager import apply
 from tests.models import captured_tiny
 from tests.rewrite.tiny import entry
@@ -105,7 +106,7 @@ def test_shifted_inputs_keep_the_outputs(family: str, tmp_path: Path) -> None:
     assert float((got - want).abs().max()) < 0.05 * float(want.abs().max())
     assert not torch.equal(got, want)
     # every product has a bias now, and a layer norm takes the shift in
-    assert all(n.args[5] is not None for n in graph.graph.nodes if n.target is LINEAR)
+    assert all(argument(n, "bias") is not None for n in graph.graph.nodes if n.target is LINEAR)
     assert [node.target for node in graph.graph.nodes].count(LAYER_NORM) == layer_norms
 
 
