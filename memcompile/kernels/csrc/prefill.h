@@ -351,23 +351,37 @@ static void prefill_task(void *data, size_t index) {
         product<float>(v, 1, v_step, s, D, n, o, columns, true);
     }
 
-#if defined(MC_AMX)
-    if (p.in_tiles) tiles_end();
-#endif
     if (p.columns && blocks) {
         int64_t head = b * c.H + h, across = (c.S + c.block_tokens - 1) / c.block_tokens;
         Columns single = {p.columns + head * p.most_columns, p.column_count[head], 0,
                            blocks + t0 / c.block_tokens * across, c.block_tokens};
         Interval *seen = scratch.take<Interval>(MAX_TILE);
         while (int n = gather_columns(c, b, g, single, QUERIES, k_tile, v_tile, keys, seen)) {
-            product<float>(k_tile, D, 1, x, n, D, s, columns, false);
+#if defined(MC_PAIRS)
+            if (p.pairs) {
+                // half of the tile is free: at most QUERIES keys are gathered
+                uint16_t *rounded = (uint16_t *)(k_tile + QUERIES * D);
+                for (int i = 0; i < n; i++) narrow_row(MC_BF16, k_tile + i * D, D, rounded, i * D);
+                score_pairs(p, (const uint32_t *)rounded, D / 2, x_pairs, n, s, columns);
+            } else
+#endif
+                product<float>(k_tile, D, 1, x, n, D, s, columns, false);
             if (c.softcap > 0) softcap(s, n, columns, c.scale, c.softcap);
             hide(s, n, columns, seen, at);
-            softmax(s, n, columns, to_log2, m, l, shrink);
+            softmax(s, n, columns, to_log2, m, l, shrink, nullptr, p_pairs);
             shrink_rows(o, D, columns, shrink);
+#if defined(MC_PAIRS)
+            if (p.pairs) {
+                add_pairs(p, v_tile, D, n, (uint32_t *)k_tile, p_pairs, o, columns);
+                continue;
+            }
+#endif
             product<float>(v_tile, 1, D, s, D, n, o, columns, true);
         }
     }
+#if defined(MC_AMX)
+    if (p.in_tiles) tiles_end();
+#endif
 
     const float *vs = c.v_scale ? c.v_scale + g * D : nullptr;
     for (int t = 0; t < nq; t++) {
