@@ -68,7 +68,8 @@ class Tokenizer:
 class TextStream:
     """Text of tokens as they come: `push` gives what has become certain, never half a character.
 
-    All pieces and `finish` together are the text of all tokens.
+    All pieces and `finish` together are the text of all tokens. Only where a tokenizer takes a whole run of
+    bytes for broken because its end is, characters that were given out before that end stay given.
     """
 
     def __init__(self, tokenizer: Any) -> None:

@@ -59,10 +59,19 @@ def test_a_stream_of_any_bytes_gives_what_decoding_gives(tokens: list[int]) -> N
     assert "".join(stream.push(t) for t in tokens) + stream.finish() == BYTES.decode(tokens)
 
 
-@given(st.lists(st.integers(0, 8), max_size=20))
-def test_words_keep_their_spaces(tokens: list[int]) -> None:
-    stream = TextStream(WORDS)
+# tokens 5 to 8 are the bytes of one character
+@given(st.lists(st.sampled_from([[0], [1], [2], [3], [4], [5, 6, 7, 8]]), max_size=20))
+def test_words_keep_their_spaces(pieces: list[list[int]]) -> None:
+    stream, tokens = TextStream(WORDS), [token for piece in pieces for token in piece]
     assert "".join(stream.push(t) for t in tokens) + stream.finish() == WORDS.decode(tokens)
+
+
+def test_a_character_that_was_given_stays_when_broken_bytes_follow() -> None:
+    stream, tokens = TextStream(WORDS), [5, 6, 7, 8, 5]
+    # decoding at once takes the whole run of bytes for broken
+    assert WORDS.decode(tokens) == REPLACEMENT * 5
+    assert [stream.push(token) for token in tokens] == ["", "", "", "😀", ""]
+    assert set(stream.finish()) <= {REPLACEMENT}
 
 
 def test_a_character_of_four_tokens_comes_with_the_fourth() -> None:
