@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.plain_export import MODEL, ROOT
+from benchmarks import plain_export
+from benchmarks.plain_export import MODEL, ROOT, answer_of, build_genai, prompt
 
 BOOK: Final = ROOT / "examples" / "texts" / "emma.txt.xz"
 CALIBRATION: Final = ROOT / "examples" / "texts" / "persuasion.txt.xz"
@@ -77,9 +76,8 @@ def build(side: str, source: str, folder: Path, prompt_tokens: int, threads: int
     from memcompile.plan import load_plan
 
     if side == GENAI:
-        from benchmarks.plain_export import build_genai
-
-        return build_genai(source, folder)
+        build_genai(source, folder)
+        return
     sections = PLANS[side]
     plan = {
         "version": 1,
@@ -90,21 +88,27 @@ def build(side: str, source: str, folder: Path, prompt_tokens: int, threads: int
         "passes": sections.get("passes", []),
     }
     pipeline.optimize(source, load_plan(plan), folder, evaluate=False)
-    return None
+
+
+def book_tokens(tokenizer: Any, count: int) -> list[int]:
+    """The first tokens of the book."""
+    import lzma
+
+    with lzma.open(BOOK, "rt", encoding="utf-8") as file:
+        tokens: list[int] = tokenizer.encode(file.read(8 * count))[:count]
+    assert len(tokens) == count, "the book is too short"
+    return tokens
 
 
 def read_ours(artifact: Path, prompt_tokens: int, logits_file: Path, threads: int) -> dict[str, float]:
     """Read the prompt and score what follows; the log-probabilities go to `logits_file`."""
-    import lzma
-
     import numpy as np
 
+    from memcompile.evaluate.scoring import log_probabilities, token_losses
     from memcompile.runtime import load
 
     session = load(artifact, threads=threads)
-    with lzma.open(BOOK, "rt", encoding="utf-8") as file:
-        tokens = session.tokenizer.encode(file.read(8 * prompt_tokens))[: prompt_tokens + SCORED_TOKENS]
-    assert len(tokens) == prompt_tokens + SCORED_TOKENS, "the book is too short"
+    tokens = book_tokens(session.tokenizer, prompt_tokens + SCORED_TOKENS)
     state = session.new_state(1, prompt_tokens, SCORED_TOKENS)
     begin = time.perf_counter()
     session.prefill(state, [tokens[:prompt_tokens]])
@@ -118,12 +122,9 @@ def read_ours(artifact: Path, prompt_tokens: int, logits_file: Path, threads: in
         times.append(time.perf_counter() - begin)
     # a few at a time: a longer call would choose again
     rows += [session.extend(state, tokens[i : i + 16]) for i in range(timed, len(tokens), 16)]
-    logits = np.concatenate(rows).astype(np.float64)
-    logits -= logits.max(-1, keepdims=True)
-    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
-    np.save(logits_file, logits.astype(np.float32))
-    expected = tokens[prompt_tokens + 1 :]
-    loss = -logits[np.arange(len(expected)), expected].mean()
+    log = log_probabilities(np.concatenate(rows))
+    np.save(logits_file, log)
+    loss = token_losses(log[:-1], np.array(tokens[prompt_tokens + 1 :])).mean()
     return {
         "prefill_seconds": prefill,
         "decode_seconds": statistics.median(times),
@@ -133,8 +134,6 @@ def read_ours(artifact: Path, prompt_tokens: int, logits_file: Path, threads: in
 
 def read_genai(folder: Path, prompt_tokens: int, threads: int) -> dict[str, float]:
     """The times of onnxruntime-genai."""
-    from benchmarks import plain_export
-
     found = plain_export.read_genai(folder, prompt_tokens, threads)
     return {"prefill_seconds": found.prefill_seconds, "decode_seconds": found.decode_seconds_per_token}
 
@@ -143,7 +142,6 @@ def read_hf(source: str, dtype: str, prompt_tokens: int, threads: int) -> dict[s
     """The times of transformers with sdpa: one call for the prompt, logits of its last token only."""
     import torch
 
-    from benchmarks.plain_export import prompt
     from memcompile.frontend import load_source
 
     torch.set_num_threads(threads)
@@ -177,15 +175,9 @@ def find_passkeys(artifact: Path, prompt_tokens: int, count: int, threads: int) 
 def in_own_process(step: str, side: str, options: argparse.Namespace, prompt_tokens: int) -> dict[str, float]:
     """One step of this module in a fresh process; its last line is the answer."""
     print(f"{step} {side}, {prompt_tokens} tokens ...", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "benchmarks.long_prompt", "--do", step, "--sides", side]
-    command += ["--model", options.model, "--folder", str(options.folder), "--prompts", str(prompt_tokens)]
-    command += ["--passkeys", str(options.passkeys), "--threads", str(options.threads)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{step} {side} failed:\n{done.stderr[-2000:]}")
-    answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    arguments = ["--do", step, "--sides", side, "--model", options.model, "--folder", str(options.folder)]
+    arguments += ["--prompts", str(prompt_tokens), "--passkeys", str(options.passkeys)]
+    return answer_of("long_prompt", arguments, options.threads)
 
 
 def do(options: argparse.Namespace) -> dict[str, float]:
@@ -208,6 +200,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Build, read in turns, compare; the result as JSON values."""
     import numpy as np
 
+    from memcompile.evaluate.scoring import kl_divergence
+
     sides = list(dict.fromkeys([REFERENCE, *options.sides]))
     rows = []
     for side in sides:
@@ -229,9 +223,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                         ratios = [mine[name] / theirs[name] for mine, theirs in pairs]
                         row[f"{name}_to_{base}"] = [statistics.median(ratios), min(ratios), max(ratios)]
             if side in PLANS:
-                log = np.load(options.folder / f"{side}.npy").astype(np.float64)
+                log = np.load(options.folder / f"{side}.npy")
                 row["perplexity"] = found[0]["perplexity"]
-                row["kl"] = float((np.exp(reference.astype(np.float64)) * (reference - log)).sum(-1).mean())
+                row["kl"] = float(kl_divergence(reference, log).mean())
                 if options.passkeys:
                     row |= in_own_process("passkeys", side, options, prompt_tokens)
             rows.append(row)

@@ -132,14 +132,20 @@ def _peak() -> int:
 
 def in_own_process(side: str, folder: Path, prompt_tokens: int, threads: int) -> Reading:
     """Take one reading in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.plain_export", "--read", side, "--artifact", str(folder)]
-    command += ["--prompts", str(prompt_tokens), "--threads", str(threads)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{side} at {prompt_tokens} tokens failed:\n{done.stderr[-2000:]}")
-    values = json.loads(done.stdout.splitlines()[-1])
+    arguments = ["--read", side, "--artifact", str(folder), "--prompts", str(prompt_tokens)]
+    values = answer_of("plain_export", arguments, threads)
     return Reading(**{**values, "tokens": tuple(values["tokens"])})
+
+
+def answer_of(benchmark: str, arguments: Sequence[str], threads: int) -> dict[str, Any]:
+    """Run a benchmark of this folder in a fresh process; the last line that it prints is the answer."""
+    command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--threads", str(threads), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{benchmark} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
 
 
 def compare(readings: Sequence[Reading]) -> list[Comparison]:

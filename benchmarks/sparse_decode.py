@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import lzma
 import statistics
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.long_prompt import BOOK
+from benchmarks.long_prompt import book_tokens
 from benchmarks.plain_export import MODEL
 
 VARIANTS: Final[dict[str, list[dict[str, Any]]]] = {
@@ -55,41 +54,37 @@ def run(model: str, names: Sequence[str], prompt: int, count: int) -> dict[str, 
     """Compile, read, decode in turns; the result as JSON values."""
     import numpy as np
 
+    from memcompile.evaluate.scoring import kl_divergence, log_probabilities, token_losses
     from memcompile.runtime import load
 
     with tempfile.TemporaryDirectory(prefix="memcompile-bench-") as folder:
         compile_all(model, Path(folder), names, prompt, count)
         sessions = {name: load(Path(folder) / name) for name in names}
-        with lzma.open(BOOK, "rt", encoding="utf-8") as file:
-            tokens = sessions[names[0]].tokenizer.encode(file.read(8 * (prompt + count)))[: prompt + count]
-        assert len(tokens) == prompt + count, "the book is too short"
+        tokens = book_tokens(sessions[names[0]].tokenizer, prompt + count)
         states = {name: session.new_state(1, prompt, count) for name, session in sessions.items()}
         for name, session in sessions.items():
             print(f"read with {name} ...", file=sys.stderr, flush=True)
             session.prefill(states[name], [tokens[:prompt]])
         seconds: dict[str, list[float]] = {name: [] for name in names}
-        scores: dict[str, list[Any]] = {name: [] for name in names}
+        logits: dict[str, list[Any]] = {name: [] for name in names}
         for place in range(prompt, prompt + count - 1):
             for name, session in sessions.items():
                 begin = time.perf_counter()
-                logits = session.decode(states[name], [tokens[place]])[0].astype(np.float64)
+                logits[name].append(session.decode(states[name], [tokens[place]])[0])
                 seconds[name].append(time.perf_counter() - begin)
-                logits -= logits.max()
-                scores[name].append(logits - np.log(np.exp(logits).sum()))
-    expected = tokens[prompt + 1 :]
+    expected = np.array(tokens[prompt + 1 :])
     dense = names[0]
+    scores = {name: log_probabilities(np.stack(rows)) for name, rows in logits.items()}
     rows = []
     for name in names:
-        found = np.stack(scores[name])
-        kl = (np.exp(scores[dense]) * (np.stack(scores[dense]) - found)).sum(-1).mean()
         ratios = [mine / base for mine, base in zip(seconds[name], seconds[dense], strict=True)]
         rows.append(
             {
                 "variant": name,
                 "decode_ms": 1e3 * statistics.median(seconds[name]),
                 "ratio": statistics.median(ratios),
-                "perplexity": float(np.exp(-found[np.arange(len(expected)), expected].mean())),
-                "kl": float(kl),
+                "perplexity": float(np.exp(token_losses(scores[name], expected).mean())),
+                "kl": float(kl_divergence(scores[dense], scores[name]).mean()),
                 "state_bytes": states[name].nbytes,
             }
         )

@@ -21,9 +21,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -43,20 +41,9 @@ from benchmarks._weight_sides import (
     read_ours,
     weight_bytes,
 )
-from benchmarks.plain_export import MODEL, build_genai
+from benchmarks.plain_export import MODEL, answer_of, build_genai
 
 LONG_PROMPT_TOKENS: Final = 8000
-
-
-def in_own_process(arguments: Sequence[str], threads: int) -> dict[str, Any]:
-    """Run this module's own `--do` in a fresh process; its last line is the answer."""
-    command = [sys.executable, "-m", "benchmarks.weights", "--threads", str(threads), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -77,13 +64,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             arguments = ["--side", side, "--model", options.model, "--artifact", str(artifact)]
             if side != "openvino" and not artifact.exists():
                 print(f"build {side}", file=sys.stderr)
-                in_own_process(["--do", "build", *arguments], options.threads)
+                answer_of("weights", ["--do", "build", *arguments], options.threads)
             found["weight_bytes"][side] = weight_bytes(side, artifact, options.model)
             if side not in RIVALS and not options.readings_only:
                 place = "--keep" if side == REFERENCE else "--reference"
                 more = [place, str(kept), "--windows", str(options.windows)]
                 more += ["--passkey", str(options.passkey)]
-                done = in_own_process(["--do", "quality", *arguments, *more], options.threads)
+                done = answer_of("weights", ["--do", "quality", *arguments, *more], options.threads)
                 found["quality"][side] = done
                 print(f"{side}: {json.dumps(done)}", file=sys.stderr)
         repeats = 0 if options.quality_only else options.repeats
@@ -92,7 +79,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             for side, artifact in artifacts.items():
                 arguments = ["--do", "read", "--side", side, "--artifact", str(artifact)]
                 arguments += ["--model", options.model, "--prompt", str(options.prompt)]
-                found["readings"].append(in_own_process(arguments, options.threads))
+                found["readings"].append(answer_of("weights", arguments, options.threads))
     return {
         "schema": 1,
         "model": Path(options.model).name,
