@@ -109,9 +109,8 @@ class OnnxRuntimeBackend:
         if device != "cpu":
             return entry, Choices(chunk, {})
         choices = tuned_choices(
-            model, interface.states, interface.groups, self._workload, self._database, chunk,
-            products_of(program),
-        )  # fmt: skip
+            model, interface.states, interface.groups, self._workload, self._database, chunk
+        )
         switches = measure_switches(model, self._workload, self._database)
         choices = replace(choices, decisions=(*choices.decisions, *switches))
         fast = with_choices(model, choices)
@@ -154,7 +153,7 @@ def is_wide(program: Program, device: str) -> bool:
     return not (device == "cuda" and program.model.dtype == "float16")
 
 
-def products_of(program: Program) -> str:
+def _products_of(program: Program) -> str:
     """What our kernels may round to what they multiply: the model's own type, where they know it."""
     return "bfloat16" if program.model.dtype == "bfloat16" else "float32"
 
@@ -189,7 +188,7 @@ def _step_model(program: Program, interface: StepInterface, device: str) -> ir.M
     graph = inline_higher_order(program.step)
     sizes = step_sizes(interface.groups)
     return to_model(
-        _Step(graph, interface.groups, wide=is_wide(program, device), products=products_of(program)),
+        _Step(graph, interface.groups, wide=is_wide(program, device), products=_products_of(program)),
         interface.inputs,
         interface.outputs,
         [example(entry, sizes) for entry in interface.inputs],

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from memcompile.backends.onnxruntime.emitter import MICROSOFT, Emitter, emit, lowers
+from memcompile.backends.onnxruntime.emitter import Emitter, emit, lowers
+from memcompile.backends.onnxruntime.nodes import MICROSOFT
 
 aten: Any = torch.ops.aten
 
@@ -19,7 +20,11 @@ def lower_linear(emitter: Emitter, node: fx.Node) -> torch.Tensor | None:
     if x.ndim < 2:
         return None
     product = emit(
-        MICROSOFT + "FusedMatMul", [x, weight], {"transB": 1}, like=x, shape=(*x.shape[:-1], weight.shape[0])
+        f"{MICROSOFT}::FusedMatMul",
+        [x, weight],
+        {"transB": 1},
+        like=x,
+        shape=(*x.shape[:-1], weight.shape[0]),
     )
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     return product if bias is None else product + emitter.value(bias)
@@ -39,7 +44,7 @@ def lower_rms_norm(emitter: Emitter, node: fx.Node) -> torch.Tensor | None:
 def lower_silu(emitter: Emitter, node: fx.Node) -> torch.Tensor:
     """x * sigmoid(x) in one pass over the data."""
     x = emitter.value(node.args[0])
-    return emit(MICROSOFT + "QuickGelu", [x], {"alpha": 1.0}, like=x)
+    return emit(f"{MICROSOFT}::QuickGelu", [x], {"alpha": 1.0}, like=x)
 
 
 @lowers(aten.gelu.default)

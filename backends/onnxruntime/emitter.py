@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from memcompile.backends.onnxruntime.nodes import MICROSOFT
 from memcompile.lowering import DefinitionInterpreter
 
 Lowering = Callable[["Emitter", fx.Node], Any]
 Attributes = dict[str, Any]
 Shape = Sequence[int | torch.SymInt]
 
-MICROSOFT = "com.microsoft::"
 OPSET = 23
 LOWERINGS: dict[Any, Lowering] = {}
 
@@ -105,5 +105,5 @@ def emit(
         attributes,
         dtype=like.dtype,
         shape=like.shape if shape is None else shape,
-        version=1 if operator.startswith(MICROSOFT) else version,
+        version=1 if operator.startswith(f"{MICROSOFT}::") else version,
     )

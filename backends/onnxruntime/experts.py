@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from memcompile.backends.onnxruntime.emitter import MICROSOFT, Emitter, emit, lowers
+from memcompile.backends.onnxruntime.emitter import Emitter, emit, lowers
+from memcompile.backends.onnxruntime.nodes import MICROSOFT
 
 _ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "silu": (MICROSOFT + "QuickGelu", {"alpha": 1.0}),
+    "silu": (f"{MICROSOFT}::QuickGelu", {"alpha": 1.0}),
     "gelu": ("Gelu", {"approximate": "none"}),
     "gelu_tanh": ("Gelu", {"approximate": "tanh"}),
     "relu": ("Relu", {}),
@@ -62,4 +63,4 @@ def _rows(values: torch.Tensor, index: torch.Tensor, shape: tuple[Any, ...]) -> 
 def _product(x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> torch.Tensor:
     out = weight.shape[1] if transposed else weight.shape[0]
     attributes = {"transB": 0 if transposed else 1}
-    return emit(MICROSOFT + "FusedMatMul", [x, weight], attributes, like=x, shape=(x.shape[0], out))
+    return emit(f"{MICROSOFT}::FusedMatMul", [x, weight], attributes, like=x, shape=(x.shape[0], out))

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from memcompile.backends.onnxruntime.emitter import MICROSOFT, Emitter, emit, lowers
-from memcompile.backends.onnxruntime.nodes import MEMCOMPILE
+from memcompile.backends.onnxruntime.emitter import Emitter, emit, lowers
+from memcompile.backends.onnxruntime.nodes import MEMCOMPILE, MICROSOFT
 from memcompile.backends.onnxruntime.products import FLOAT, INT8, OPERATOR
 from memcompile.dialect.quantized_weights import block_of
 from memcompile.kernels import TYPES
@@ -49,7 +49,7 @@ def lower_quantized_embedding(emitter: Emitter, node: fx.Node) -> torch.Tensor |
     inputs = [codes.flatten(1), indices, scales]
     attributes = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
     rows = emit(
-        MICROSOFT + "GatherBlockQuantized",
+        f"{MICROSOFT}::GatherBlockQuantized",
         inputs if zero_points is None else [*inputs, zero_points],
         attributes,
         like=scales,
@@ -102,7 +102,7 @@ def lower_quantized_experts(emitter: Emitter, node: fx.Node) -> torch.Tensor | N
         "normalize_routing_weights": 0,
         "accuracy_level": INT8 if int8 else FLOAT,
     }
-    return emit(MICROSOFT + "QMoE", inputs, attributes, like=x)
+    return emit(f"{MICROSOFT}::QMoE", inputs, attributes, like=x)
 
 
 def _block_indicator(emitter: Emitter, width: int, block: int, like: torch.Tensor) -> torch.Tensor:

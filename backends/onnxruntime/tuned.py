@@ -36,9 +36,8 @@ def tuned_choices(
     workload: Workload | None,
     database: Database,
     chunk: int,
-    products: str,
 ) -> Choices:
-    """The choice for each region of a traced model; `chunk` is the default chunk, `products` a type.
+    """The choice for each region of a traced model; `chunk` is the default chunk of prompts.
 
     Without a workload, and for regions that were not tuned, it is the default: our kernels, parameters
     automatic. Raises MC122.
@@ -46,12 +45,11 @@ def tuned_choices(
     if workload is None:
         return Choices(chunk, {})
     held = _held_tokens(states, groups, workload)
-    asks = [
-        Ask(region, shape_of(node), held.get(region))
-        for node in attention_nodes(model)
-        if (region := region_of(node)) and _is_tunable(node)
-    ]
-    return choose(database, BACKEND, asks, workload, dtype=products, packages=PACKAGES, chunk=chunk)
+    nodes = [node for node in attention_nodes(model) if region_of(node) and _is_tunable(node)]
+    asks = [Ask(region_of(node), shape_of(node), held.get(region_of(node))) for node in nodes]
+    # a model has one type
+    dtype = next((products_of(node) for node in nodes), "float32")
+    return choose(database, BACKEND, asks, workload, dtype=dtype, packages=PACKAGES, chunk=chunk)
 
 
 def measure_switches(
@@ -103,14 +101,12 @@ def _rule_of(node: ir.Node, measured: str) -> Rule:
     sizes = (shape.heads, shape.kv_heads, shape.width, shape.bits)
     if measured == "measure_page_from":
         return Rule(*sizes, page_tokens=names.get_int("page_tokens"), page_keep=names.get_int("page_keep"))
-    rounds = names.get_int("products", 0) == TYPES["bfloat16"]
-    products: Products = "bfloat16" if rounds else "float32"
     pattern = all_inputs(node)[PATTERN]
     assert pattern is not None
     stored = ir.convenience.get_const_tensor(pattern)
     assert stored is not None
     rows = tuple((int(a), int(b), int(c), int(d)) for a, b, c, d in stored.numpy())
-    return Rule(*sizes, pattern=rows, block=names.get_int("block_tokens"), products=products)
+    return Rule(*sizes, pattern=rows, block=names.get_int("block_tokens"), products=products_of(node))
 
 
 def with_choices(model: ir.Model, choices: Choices) -> ir.Model:
@@ -127,6 +123,11 @@ def with_choices(model: ir.Model, choices: Choices) -> ir.Model:
 def region_of(node: ir.Node) -> str:
     """The region that a traced node computes."""
     return node.attributes.get_string("region", "")
+
+
+def products_of(node: ir.Node) -> Products:
+    """The type that the kernels may round to what a traced node multiplies."""
+    return "bfloat16" if node.attributes.get_int("products", 0) == TYPES["bfloat16"] else "float32"
 
 
 def shape_of(node: ir.Node) -> Shape:

@@ -33,16 +33,14 @@ class QuantizedWeight:
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
+    def operands(self) -> dict[str, torch.Tensor | None]:
+        """Its tensors by the names of the operators' arguments, in their order; None for what it lacks."""
+        names = ("codes", "scales", "zero_points", "offsets", "table")
+        return {name: getattr(self, name) for name in names}
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those of its tensors that the format has, by name."""
-        named = {
-            "codes": self.codes,
-            "scales": self.scales,
-            "zero_points": self.zero_points,
-            "offsets": self.offsets,
-            "table": self.table,
-        }
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        return {name: tensor for name, tensor in self.operands().items() if tensor is not None}
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """What the codes stand for, [N,K]."""

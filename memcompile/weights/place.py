@@ -25,22 +25,11 @@ def operands(node: fx.Node) -> tuple[Any, Any]:
     return node.args[0], node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
 
 
-def tensors_of(weight: QuantizedWeight) -> dict[str, torch.Tensor | None]:
-    """The tensors of a weight by the names of the operators' arguments, in their order."""
-    return {
-        "codes": weight.codes,
-        "scales": weight.scales,
-        "zero_points": weight.zero_points,
-        "offsets": weight.offsets,
-        "table": weight.table,
-    }
-
-
 def store(graph_module: fx.GraphModule, region: WeightRegion, weight: QuantizedWeight) -> Operands:
     """Store a weight's tensors as buffers named after the region; gives the nodes that read them."""
     nodes: list[fx.Node | None] = []
     mode = getattr(region.node.meta["val"], "fake_mode", None)
-    for name, tensor in tensors_of(weight).items():
+    for name, tensor in weight.operands().items():
         if tensor is None:
             nodes.append(None)
             continue

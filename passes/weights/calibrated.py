@@ -25,7 +25,7 @@ from memcompile.weights.codebook import codebook, quantize_without_data
 from memcompile.weights.gptq import gptq
 from memcompile.weights.methods import ZeroPoint
 from memcompile.weights.parameter import LazyParameter, evaluated
-from memcompile.weights.place import operands, tensors_of
+from memcompile.weights.place import operands
 from memcompile.weights.scaling import EXPONENTS, Inputs, ScaleInputs, search_scale
 
 VERSION: Final = 2
@@ -165,9 +165,8 @@ class _Worker:
         scale, shift = group.scale, group.inputs.shift
         scaled = weight.float() if scale is None else weight.float() * scale
         quantized = self.recipe.quantized(scaled, group.hessian, self.recipe.bits[region.region])
-        for name, tensor in tensors_of(quantized).items():
-            if tensor is not None:
-                self.found[f"{region.region}/{name}"] = tensor
+        for name, tensor in quantized.tensors().items():
+            self.found[f"{region.region}/{name}"] = tensor
         if scale is not None and not group.folded:
             self.found[f"{region.region}/input_factor"] = 1 / scale
         dense = quantized.dequantized(torch.float32)

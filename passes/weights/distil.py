@@ -19,6 +19,7 @@ from memcompile.calibrate.cache import MeasurementCache
 from memcompile.calibrate.collect import CalibrationData
 from memcompile.errors import MemcompileError
 from memcompile.passes.weights.calibrated import digest_of
+from memcompile.passes.weights.structure import NORMS, head_of
 from memcompile.progress import Progress
 from memcompile.regions import WeightRegion, weight_regions
 from memcompile.rewrite.emit import Emit
@@ -33,7 +34,6 @@ CHECKPOINT_STEPS: Final = 20
 HELD_OUT: Final = 8
 # gradients are scaled down to this norm
 GRADIENT_NORM: Final = 1.0
-_NORMS: Final = (torch.ops.memcompile.rms_norm.default, aten.layer_norm.default)
 _SUFFIX: Final = "_trained"
 
 
@@ -242,13 +242,9 @@ def _rows(weight: LazyParameter, transposed: bool) -> torch.Tensor:
 
 def _logits(graph_module: fx.GraphModule) -> fx.Node:
     """The output that holds the logits; the product that gives them, if they leave in another shape."""
-    head = next((region for region in weight_regions(graph_module) if region.kind == "head"), None)
-    if head is None:
-        raise MemcompileError(
-            "MC116",
-            "recovery compares a model's logits, and this model has none",
-            fix="of weights.prune, set recover: none",
-        )
+    head = head_of(
+        graph_module, "recovery compares a model's logits", fix="of weights.prune, set recover: none"
+    )
     outputs = next(n for n in graph_module.graph.nodes if n.op == "output").all_input_nodes
     wide = [n for n in outputs if (v := n.meta["val"]).is_floating_point() and v.shape[-1] == head.rows]
     return wide[0] if wide else head.node
@@ -258,7 +254,7 @@ def _trained(graph_module: fx.GraphModule, parameters: str, emit: Emit) -> list[
     """The stored tensors that are trained, by name, in graph order."""
     wanted: set[str] = set()
     for node in graph_module.graph.nodes:
-        if node.target in _NORMS and parameters != "pruned":
+        if node.target in NORMS and parameters != "pruned":
             wanted |= {str(n.target) for one in node.all_input_nodes[1:] for n in _stored(one)}
     regions = weight_regions(graph_module) if parameters == "all" else []
     for region in regions:

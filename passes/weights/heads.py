@@ -14,15 +14,13 @@ from typing import Any, Final
 import torch
 from torch import fx
 
-from memcompile.passes.weights.structure import ELEMENTWISE, RESHAPES
+from memcompile.passes.weights.structure import ELEMENTWISE, NORMS, RESHAPES
 from memcompile.passes.weights.take_out import MARK, erase_dead, smaller
 from memcompile.regions import AttentionRegion, WeightRegion, argument, attention_regions, weight_regions
 from memcompile.rewrite.emit import Emit
 from memcompile.weights.place import operands
 
 aten: Any = torch.ops.aten
-# the last axis of one tensor, the channels of one head, is normalised
-_NORMS: Final = (torch.ops.memcompile.rms_norm.default, aten.layer_norm.default)
 _ALONE: Final = (
     aten.to.dtype, aten._to_copy.default, aten.neg.default, aten.contiguous.default, aten.clone.default,
 )  # fmt: skip
@@ -194,7 +192,7 @@ class _Trace:
         self.axes[node] = None
         arguments: Any = node.args
         x, target = arguments[0] if arguments else None, node.target
-        if target in _NORMS:
+        if target in NORMS:
             return f"its {self.what} are normalised over all heads together"
         if not isinstance(x, fx.Node):
             return self._unknown(node)
@@ -228,7 +226,7 @@ def _norms_last(node: fx.Node) -> bool:
     arguments: Any = node.args
     if node.target is aten.layer_norm.default:
         return len(arguments[1]) == 1
-    return node.target in _NORMS and bool(arguments[1].meta["val"].ndim == 1)
+    return node.target in NORMS and bool(arguments[1].meta["val"].ndim == 1)
 
 
 def _follow(

@@ -14,9 +14,9 @@ from memcompile.calibrate.sweep import sweep
 from memcompile.errors import MemcompileError
 from memcompile.passes.weights.calibrated import by_region, digest_of
 from memcompile.passes.weights.sensitivity import WINDOWS, squared_gradient, visit_gradients
-from memcompile.passes.weights.structure import ChannelsRegion, LayerRegion
+from memcompile.passes.weights.structure import ChannelsRegion, LayerRegion, head_of
 from memcompile.progress import Progress
-from memcompile.regions import WeightRegion, weight_regions
+from memcompile.regions import WeightRegion
 from memcompile.weights.place import operands
 from memcompile.weights.prune import knee, pack_mask
 
@@ -121,13 +121,9 @@ def essential_sparsity(
 
     pruned: a weight at a sparsity. Gives the knee and the curve [sparsities,2] for every region.
     """
-    head = next((region for region in weight_regions(graph_module) if region.kind == "head"), None)
-    if head is None:
-        raise MemcompileError(
-            "MC116",
-            "the knee is looked for in a model's logits, and this model has none",
-            fix="set knee: false and a sparsity",
-        )
+    head = head_of(
+        graph_module, "the knee is looked for in a model's logits", fix="set knee: false and a sparsity"
+    )
     windows = data.windows[:KNEE_WINDOWS]
     wanted = [_predictions(graph_module, head.node, window, {}) for window in windows]
     losses = []

@@ -29,7 +29,7 @@ from memcompile.rewrite.entry import Workload
 from memcompile.rewrite.pass_ import NO_CONTEXT, Context, Exactness, Order, Pass, PassConfig, Preset
 from memcompile.weights.codebook import quantize_without_data
 from memcompile.weights.methods import ZeroPoint
-from memcompile.weights.place import operands, tensors_of
+from memcompile.weights.place import operands
 from memcompile.weights.scaling import ScaleInputs
 
 Block = Literal[16, 32, 64, 128, 256]
@@ -510,5 +510,5 @@ def store_buffers(found: QuantizedWeight, region: WeightRegion, emit: Emit) -> t
     """The nodes that read codes, scales, zero points, offsets and table; None for what the format lacks."""
     return tuple(
         None if tensor is None else emit.buffer(f"{region.region}_{name}", tensor, before=region.node)
-        for name, tensor in tensors_of(found).items()
+        for name, tensor in found.operands().items()
     )

@@ -18,6 +18,7 @@ from memcompile.calibrate.cache import MeasurementCache
 from memcompile.calibrate.collect import CalibrationData
 from memcompile.errors import MemcompileError
 from memcompile.passes.weights.calibrated import digest_of
+from memcompile.passes.weights.structure import head_of
 from memcompile.progress import Progress
 from memcompile.regions import WeightRegion, weight_regions
 from memcompile.weights.place import operands
@@ -114,14 +115,12 @@ def visit_gradients(
     Raises:
         MemcompileError: MC116, the model gives no logits.
     """
-    head = next((region for region in weight_regions(graph_module) if region.kind == "head"), None)
-    if head is None:
-        raise MemcompileError(
-            "MC116",
-            "the change of a model's logits was asked for, and this model has none",
-            fix="of weights.quantize, name bits by layers and modules in several entries; of weights.prune, "
-            "take criterion magnitude or activation",
-        )
+    head = head_of(
+        graph_module,
+        "the change of a model's logits was asked for",
+        fix="of weights.quantize, name bits by layers and modules in several entries; of weights.prune, "
+        "take criterion magnitude or activation",
+    )
     runner = _Runner(graph_module, regions, visit, head.node)
     arguments = [window[str(n.target)] for n in graph_module.graph.nodes if n.op == "placeholder"]
     with torch.enable_grad():

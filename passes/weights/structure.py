@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 from torch import fx
 
+from memcompile.errors import MemcompileError
 from memcompile.regions import WeightRegion, weight_regions
 from memcompile.weights.place import operands
 
@@ -22,13 +23,9 @@ ELEMENTWISE: Final = frozenset(
     }
 )  # fmt: skip
 RESHAPES: Final = (aten.view.default, aten.reshape.default)
+NORMS: Final = (torch.ops.memcompile.rms_norm.default, aten.layer_norm.default)
 # what may stand between a product and the addition to the residual stream
-_BETWEEN: Final = frozenset(
-    {
-        torch.ops.memcompile.rms_norm.default, aten.layer_norm.default, aten.dropout.default,
-        aten.view.default, aten.reshape.default, aten.mul.Tensor,
-    }
-)  # fmt: skip
+_BETWEEN: Final = frozenset({*NORMS, *RESHAPES, aten.dropout.default, aten.mul.Tensor})
 
 
 @dataclass(frozen=True)
@@ -140,6 +137,14 @@ def keeps_channels(node: fx.Node, channels: int) -> bool:
         and bool(source.meta["val"].shape[-1] == channels)
         and shape[-1:] == [channels]
     )
+
+
+def head_of(graph_module: fx.GraphModule, wanted: str, *, fix: str) -> WeightRegion:
+    """The product that gives the logits. Raises MC116 where there is none, saying what was `wanted`."""
+    head = next((region for region in weight_regions(graph_module) if region.kind == "head"), None)
+    if head is None:
+        raise MemcompileError("MC116", f"{wanted}, and this model has none", fix=fix)
+    return head
 
 
 def layer_regions(graph_module: fx.GraphModule) -> list[LayerRegion]:

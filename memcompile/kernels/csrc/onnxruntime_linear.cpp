@@ -12,35 +12,41 @@ struct Kernel {
     int64_t K = 0, N = 0, bits = 4, block = 0, activations = MC_F32;
 };
 
+// Run `l` on x [...,K], the rest of which is filled in: its rows, the output [...,N], the host's threads.
+OrtStatus *multiply(Calls &call, OrtKernelContext *context, const Tensor &x, McLinear l) {
+    Tensor like = x;
+    like.dims[like.rank - 1] = l.N;
+    l.M = 1;
+    for (size_t i = 0; i + 1 < like.rank; i++) l.M *= like.dims[i];
+    Tensor out = output(call, context, 0, like);
+    if (call.status) return call.status;
+    Host host{call.api, context};
+    l.x = (const float *)x.data, l.out = (float *)out.data;
+    l.parallel = run_on_host, l.host = &host;
+    l.threads = processor_threads();
+    int32_t code = mc_linear(&l);
+    return code ? create_status(call.api, mc_reason(code)) : nullptr;
+}
+
 OrtStatus *compute(void *kernel, OrtKernelContext *context) {
     const Kernel &op = *(const Kernel *)kernel;
     Calls call{op.api};
     Tensor in[INPUTS];
     for (size_t i = 0; i < INPUTS; i++) in[i] = input(call, context, i);
     if (call.status) return call.status;
-    int64_t blocks = (op.K + op.block - 1) / op.block, M = 1;
+    int64_t blocks = (op.K + op.block - 1) / op.block;
     if (in[X].rank < 1 || in[X].dims[in[X].rank - 1] != op.K || in[CODES].dims[0] != op.N ||
         in[CODES].dims[1] * in[CODES].dims[2] != blocks * op.block * op.bits / 8 ||
         in[SCALES].dims[0] * in[SCALES].dims[1] != op.N * blocks || (in[TABLE].data && in[TABLE].dims[0] != 1 << op.bits))
         return create_status(op.api, "memcompile.QuantizedLinear: the sizes of its inputs do not fit together");
-    Tensor like = in[X];
-    like.dims[like.rank - 1] = op.N;
-    for (size_t i = 0; i + 1 < like.rank; i++) M *= like.dims[i];
-    Tensor out = output(call, context, 0, like);
-    if (call.status) return call.status;
-    Host host{op.api, context};
     McLinear l{};
-    l.M = M, l.N = op.N, l.K = op.K;
-    l.x = (const float *)in[X].data, l.out = (float *)out.data, l.weight = in[CODES].data;
+    l.N = op.N, l.K = op.K, l.weight = in[CODES].data;
     l.weight_type = op.bits == 4 ? MC_I4 : op.bits == 3 ? MC_I3 : MC_I8, l.block = (int32_t)op.block;
     l.scales = (const float *)in[SCALES].data, l.zero_points = (const uint8_t *)in[ZERO_POINTS].data;
     l.offsets = (const float *)in[OFFSETS].data, l.table = (const float *)in[TABLE].data;
     l.bias = (const float *)in[BIAS].data;
     l.activations = (int32_t)op.activations;
-    l.parallel = run_on_host, l.host = &host;
-    l.threads = processor_threads();
-    int32_t code = mc_linear(&l);
-    return code ? create_status(op.api, mc_reason(code)) : nullptr;
+    return multiply(call, context, in[X], l);
 }
 
 OrtStatus *create_kernel(const OrtCustomOp *, const OrtApi *api, const OrtKernelInfo *info, void **made) {
@@ -78,21 +84,11 @@ OrtStatus *compute_plain(void *kernel, OrtKernelContext *context) {
     for (size_t i = 0; i < PLAIN_INPUTS; i++) in[i] = input(call, context, i);
     if (call.status) return call.status;
     McLinear l{};
-    l.N = in[PLAIN_WEIGHT].dims[0], l.K = in[PLAIN_WEIGHT].dims[1], l.M = 1;
+    l.N = in[PLAIN_WEIGHT].dims[0], l.K = in[PLAIN_WEIGHT].dims[1];
     if (in[PLAIN_WEIGHT].rank != 2 || in[PLAIN_X].rank < 1 || in[PLAIN_X].dims[in[PLAIN_X].rank - 1] != l.K)
         return create_status(api, "memcompile.LinearBFloat16: the sizes of its inputs do not fit together");
-    Tensor like = in[PLAIN_X];
-    like.dims[like.rank - 1] = l.N;
-    for (size_t i = 0; i + 1 < like.rank; i++) l.M *= like.dims[i];
-    Tensor out = output(call, context, 0, like);
-    if (call.status) return call.status;
-    Host host{api, context};
-    l.x = (const float *)in[PLAIN_X].data, l.out = (float *)out.data;
     l.weight = in[PLAIN_WEIGHT].data, l.weight_type = l.activations = MC_BF16;
-    l.parallel = run_on_host, l.host = &host;
-    l.threads = processor_threads();
-    int32_t code = mc_linear(&l);
-    return code ? create_status(api, mc_reason(code)) : nullptr;
+    return multiply(call, context, in[PLAIN_X], l);
 }
 
 Operator make_plain() {
