@@ -39,7 +39,7 @@ struct McAttention {
     int32_t threads;
     int32_t splits;                  // decode: parts a key/value head is cut into; 0: chosen
     int32_t key_tile;                // prefill: keys a tile, 16..128; 0: chosen
-    int32_t products;                // MC_BF16: prefill may round both sides of a product to bfloat16
+    int32_t products;                // MC_BF16: both sides of a product may be rounded to bfloat16
 };
 
 struct McAppend {

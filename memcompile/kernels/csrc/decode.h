@@ -11,9 +11,9 @@
 
 namespace MC_ISA {
 
-constexpr int MAX_ROWS = 16;    // queries of one group that decode takes together
-constexpr int PART_KEYS = 256;  // scores kept at a time
-constexpr int NEAR_KEYS = 32;   // value rows read at a time
+constexpr int MAX_ROWS = 16;     // queries of one group that decode takes together
+constexpr int PART_KEYS = 1024;  // scores kept at a time: long, so that memory is read in long streams
+constexpr int NEAR_KEYS = 32;    // value rows read at a time
 
 struct Decode {
     const McAttention *c;
@@ -25,11 +25,37 @@ struct Decode {
     mutable bool no_memory;     // some task found none
 };
 
+// How decode reads a cache: as one of its types, or a bfloat16 one in words of two channels, which are
+// multiplied with pairs of queries' channels; values in words of two keys, with pairs of probabilities.
+constexpr int PAIRS = -1;
+#if defined(__AVX512BF16__)
+static inline bool in_pairs(const McAttention &c) {
+    return c.kv_type == MC_BF16 && (c.q_type == MC_BF16 || c.products == MC_BF16) && c.D % (2 * LANES) == 0;
+}
+static inline Vf add_pairs(Vf c, Vf a, Vf b) {
+    return (Vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
+}
+// n floats, n a multiple of LANES, become n bfloat16 in the same place.
+static inline void narrow_in_place(float *x, int64_t n) {
+    for (int64_t i = 0; i < n; i += LANES)
+        _mm256_storeu_si256((__m256i *)((uint16_t *)x + i), (__m256i)_mm512_cvtneps_pbh((__m512)load(x + i)));
+}
+#else
+static inline bool in_pairs(const McAttention &) { return false; }
+#endif
+
 // The cache's channels as decode reads them: MC_I4 rows give even channels, then odd ones, of 2*LANES.
 static inline int64_t channel_of(int32_t type, int64_t i) {
     if (type != MC_I4) return i;
     int64_t block = i / (2 * LANES) * (2 * LANES), in = i % (2 * LANES);
     return block + (in < LANES ? 2 * in : 2 * (in - LANES) + 1);
+}
+
+// The channel that element i of the sum over values is: words of two keys are zipped within 128 bits.
+static inline int64_t value_channel_of(const McAttention &c, int64_t i) {
+    if (!in_pairs(c)) return channel_of(c.kv_type, i);
+    int64_t in = i % (2 * LANES), lane = in % LANES;
+    return i - in + lane / 4 * 8 + in / LANES * 4 + lane % 4;
 }
 
 // N vectors of one row, from vector `first` on.
@@ -45,6 +71,7 @@ template <int TYPE, int N> static inline void read_row(const void *data, int64_t
         for (int i = 0; i < N; i++) {
             int64_t from = at + (first + i) * LANES;
             if constexpr (TYPE == MC_F32) y[i] = load((const float *)data + from);
+            if constexpr (TYPE == PAIRS) y[i] = load((const float *)((const uint16_t *)data + at) + (first + i) * LANES);
             if constexpr (TYPE == MC_BF16) y[i] = widen_bf16((const uint16_t *)data + from);
             if constexpr (TYPE == MC_F16) y[i] = widen_f16((const uint16_t *)data + from);
             if constexpr (TYPE == MC_I8) y[i] = widen_i8((const int8_t *)data + from);
@@ -63,7 +90,16 @@ template <int TYPE, int N> static inline void prefetch(const void *data, int64_t
     }
 }
 
+// c + a * b, for words as `TYPE` has them.
+template <int TYPE> static inline Vf add_product(Vf c, Vf a, Vf b) {
+#if defined(__AVX512BF16__)
+    if constexpr (TYPE == PAIRS) return add_pairs(c, a, b);
+#endif
+    return c + a * b;
+}
+
 // Scores of LANES keys for R queries, over N of the D/LANES vectors; `add` goes on with earlier ones.
+// D counts words, here and wherever rows of keys are read.
 template <int TYPE, int R, int N>
 static inline void score(const void *k, const int64_t *at, int first, const float *q, int64_t D, float *s,
                          int64_t s_row, bool add) {
@@ -76,8 +112,8 @@ static inline void score(const void *k, const int64_t *at, int first, const floa
         prefetch<TYPE, N>(k, at[j], first);
         read_row<TYPE, N>(k, at[j], first, row);
         for (int r = 0; r < R; r++) {
-            Vf x = q_at[r][0] * row[0];
-            for (int i = 1; i < N; i++) x += q_at[r][i] * row[i];
+            Vf x = {};
+            for (int i = 0; i < N; i++) x = add_product<TYPE>(x, q_at[r][i], row[i]);
             acc[r][j] = x;
         }
     }
@@ -105,6 +141,33 @@ static inline void gather(const void *v, const int64_t *at, int n, int first, co
         for (int i = 0; i < N; i++) store(o + r * D + (first + i) * LANES, acc[r][i]);
 }
 
+#if defined(__AVX512BF16__)
+// The same with two keys at a time; N vectors of words are 2N of channels. Row n is read where n is odd: p is 0.
+template <int R, int N>
+static inline void gather_pairs(const void *v, const int64_t *at, int n, int first, const float *p, int64_t p_row,
+                                float *o, int64_t D) {
+    Vf acc[R][2 * N];
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < 2 * N; i++) acc[r][i] = load(o + r * D + (2 * first + i) * LANES);
+    for (int j = 0; j < n; j += 2) {
+        Vf even[N], odd[N];
+        read_row<PAIRS, N>(v, at[j], first, even);
+        read_row<PAIRS, N>(v, at[j + 1], first, odd);
+        for (int i = 0; i < N; i++) {
+            Vf low = (Vf)_mm512_unpacklo_epi16((__m512i)even[i], (__m512i)odd[i]);
+            Vf high = (Vf)_mm512_unpackhi_epi16((__m512i)even[i], (__m512i)odd[i]);
+            for (int r = 0; r < R; r++) {
+                Vf by = all(p[r * p_row + j / 2]);
+                acc[r][2 * i] = add_pairs(acc[r][2 * i], by, low);
+                acc[r][2 * i + 1] = add_pairs(acc[r][2 * i + 1], by, high);
+            }
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < 2 * N; i++) store(o + r * D + (2 * first + i) * LANES, acc[r][i]);
+}
+#endif
+
 // Vectors of a row that are taken together. Whole rows, so that memory is read in one stream: where they are
 // wide, two queries at a time fill the registers, else four.
 constexpr int WIDE = REGISTERS == 32 ? 8 : 4, NARROW = WIDE / 2;
@@ -121,6 +184,15 @@ static void score_all(const void *k, const int64_t *at, const float *q, int64_t 
 template <int TYPE, int R, int MOST>
 static void gather_all(const void *v, const int64_t *at, int n, const float *p, float *o, int64_t D) {
     int vectors = (int)(D / LANES), i = 0;
+#if defined(__AVX512BF16__)
+    if constexpr (TYPE == PAIRS) {
+        vectors /= 2;
+        for (; i + MOST / 2 <= vectors; i += MOST / 2)
+            gather_pairs<R, MOST / 2>(v, at, n, i, p, PART_KEYS, o, D);
+        for (; i < vectors; i++) gather_pairs<R, 1>(v, at, n, i, p, PART_KEYS, o, D);
+        return;
+    }
+#endif
     for (; i + MOST <= vectors; i += MOST) gather<TYPE, R, MOST>(v, at, n, i, p, PART_KEYS, o, D);
     for (; i + 2 <= vectors; i += 2) gather<TYPE, R, 2>(v, at, n, i, p, PART_KEYS, o, D);
     if constexpr (TYPE != MC_I4)
@@ -157,7 +229,7 @@ static void gather_rows(int rows, const void *v, const int64_t *at, int n, const
 template <int TYPE>
 static void decode_part(const Decode &d, int64_t b, int64_t g, int64_t part, const float *q, float *partial) {
     const McAttention &c = *d.c;
-    int64_t D = c.D, used = c.used ? c.used[b] : c.S;
+    int64_t D = c.D, words = TYPE == PAIRS ? D / 2 : D, used = c.used ? c.used[b] : c.S;
     int64_t candidates = c.slots ? c.slot_count : used;
     int64_t from = candidates * part / d.parts, to = candidates * (part + 1) / d.parts;
     if (!c.slots) {  // parts begin at whole chunks
@@ -192,7 +264,7 @@ static void decode_part(const Decode &d, int64_t b, int64_t g, int64_t part, con
         for (int j = n; j < padded; j++) slot[j] = slot[n - 1];
         for (int j = 0; j < padded; j++) at[j] = k_at + (int64_t)slot[j] * c.k.token;
         for (int j = 0; j < padded; j += LANES)
-            score_rows<TYPE>(rows, c.k.data, at + j, q, D, s + j);
+            score_rows<TYPE>(rows, c.k.data, at + j, q, words, s + j);
         for (int r = 0; r < rows; r++) {
             float *x = s + r * PART_KEYS;
             if (k_token)
@@ -222,11 +294,15 @@ static void decode_part(const Decode &d, int64_t b, int64_t g, int64_t part, con
                 for (int64_t i = 0; i < D; i += LANES) store(o + r * D + i, load(o + r * D + i) * less);
             if (v_token)
                 for (int j = 0; j < n; j++) x[j] *= v_token[slot[j]];
+#if defined(__AVX512BF16__)
+            if constexpr (TYPE == PAIRS) narrow_in_place(x, padded);
+#endif
         }
-        for (int j = 0; j < n; j++) at[j] = v_at + (int64_t)slot[j] * c.v.token;
+        for (int j = 0; j < padded; j++) at[j] = v_at + (int64_t)slot[j] * c.v.token;
         // few enough at a time that the rows' other channels are still in the first cache
         for (int j = 0; j < n; j += NEAR_KEYS)
-            gather_rows<TYPE>(rows, c.v.data, at + j, n - j < NEAR_KEYS ? n - j : NEAR_KEYS, s + j, o, D);
+            gather_rows<TYPE>(rows, c.v.data, at + j, n - j < NEAR_KEYS ? n - j : NEAR_KEYS,
+                              s + (TYPE == PAIRS ? j / 2 : j), o, D);
     }
 }
 
@@ -249,10 +325,17 @@ static void decode_task(void *data, size_t index) {
             q[r * D + i] = row[channel] * (c.k_scale ? c.k_scale[g * D + channel] : 1.0f);
         }
     }
+#if defined(__AVX512BF16__)
+    if (in_pairs(c)) narrow_in_place(q, d.rows * D);
+#endif
     float *partial = d.partial + index * (size_t)d.rows * (size_t)(D + 2);
     switch (c.kv_type) {
     case MC_F32: return decode_part<MC_F32>(d, b, g, part, q, partial);
-    case MC_BF16: return decode_part<MC_BF16>(d, b, g, part, q, partial);
+    case MC_BF16:
+#if defined(__AVX512BF16__)
+        if (in_pairs(c)) return decode_part<PAIRS>(d, b, g, part, q, partial);
+#endif
+        return decode_part<MC_BF16>(d, b, g, part, q, partial);
     case MC_F16: return decode_part<MC_F16>(d, b, g, part, q, partial);
     case MC_I8: return decode_part<MC_I8>(d, b, g, part, q, partial);
     default: return decode_part<MC_I4>(d, b, g, part, q, partial);
@@ -283,7 +366,7 @@ static void merge_parts(const Decode &d) {
             int64_t b = bg / c.G, g = bg % c.G, h = g * group + r / c.T, t = r % c.T;
             float by = l > 0 ? 1.0f / l : 0.0f;
             for (int64_t i = 0; i < D; i++) {
-                int64_t channel = channel_of(c.kv_type, i);
+                int64_t channel = value_channel_of(c, i);
                 plain[channel] = out[i] * by * (c.v_scale ? c.v_scale[g * D + channel] : 1.0f);
             }
             narrow_row(c.q_type, plain, D, c.out.data, b * c.out.batch + h * c.out.head + t * c.out.token);
