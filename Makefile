@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 FAST_TESTS ?= yes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models check format lint fast-tests test demo demo-short bench bench-attention results-weights results-weights-gemma docs clean
+.PHONY: help setup models check format lint fast-tests test sanitize demo demo-short bench bench-attention results-weights results-weights-gemma docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -56,6 +56,14 @@ fast-tests: $(READY)
 test: $(READY)  ## the whole test suite; the slow tests use the real model
 	@$(MAKE) --no-print-directory models || echo "the tests that need the real model will be skipped"
 	$(PYTEST)
+
+# A finding ends the run. Leaks are not looked for: the interpreter has its own.
+sanitize: export CXXFLAGS := -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
+sanitize: export ASAN_OPTIONS := detect_leaks=0
+sanitize: export OMP_NUM_THREADS := 1
+sanitize: $(READY)  ## the kernels' own tests under the address and undefined-behaviour sanitizers
+	$(BIN)/python -c 'from memcompile.kernels import build; print(build())'
+	LD_PRELOAD=$$($${CXX:-g++} -print-file-name=libasan.so) $(BIN)/python -m pytest -n 0 -s -q -p no:cacheprovider tests/kernels
 
 demo: $(MODEL)  ## rewrite SmolLM2 for 4,000-token prompts, compare, generate text
 	$(BIN)/python examples/demo.py

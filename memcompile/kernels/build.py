@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -30,6 +31,8 @@ KERNEL_SOURCES: Final = ("kernels", "linear", "ffn")
 COMMON_SOURCES: Final = ("library", "tvm", "onnxruntime", "onnxruntime_linear", "onnxruntime_ffn")
 FLAGS: Final = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fvisibility=hidden", "-pthread")
 COMPILE_SECONDS: Final = 300
+# what the user adds to FLAGS, as to any C++ build
+FLAGS_VARIABLE: Final = "CXXFLAGS"
 # overrides where built libraries are kept
 CACHE_VARIABLE: Final = "MEMCOMPILE_CACHE"
 
@@ -58,8 +61,12 @@ def library_path() -> Path:
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode())
         digest.update(source.read_bytes())
-    digest.update(repr((instruction_sets(), FLAGS, KERNEL_SOURCES, COMMON_SOURCES)).encode())
+    digest.update(repr((instruction_sets(), _flags(), KERNEL_SOURCES, COMMON_SOURCES)).encode())
     return cache_folder() / "kernels" / f"libmemcompile_kernels-{digest.hexdigest()[:16]}.so"
+
+
+def _flags() -> tuple[str, ...]:
+    return (*FLAGS, *shlex.split(os.environ.get(FLAGS_VARIABLE, "")))
 
 
 def instruction_sets() -> dict[str, tuple[str, ...]]:
@@ -93,7 +100,7 @@ def build() -> Path:
         with_amx = ["-DMC_WITH_AMX"] if "amx" in sets else []
         jobs = [
             [
-                *FLAGS,
+                *_flags(),
                 *flags,
                 f"-DMC_ISA={isa}",
                 "-c",
@@ -105,13 +112,13 @@ def build() -> Path:
             for source in KERNEL_SOURCES
         ]
         jobs += [
-            [*FLAGS, *with_amx, "-c", str(SOURCES / f"{source}.cpp"), "-o", str(folder / f"{source}.o")]
+            [*_flags(), *with_amx, "-c", str(SOURCES / f"{source}.cpp"), "-o", str(folder / f"{source}.o")]
             for source in COMMON_SOURCES
         ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda job: _run([compiler, *job]), jobs))
         objects = [job[-1] for job in jobs]
-        _run([compiler, "-shared", "-pthread", *objects, "-o", str(folder / path.name)])
+        _run([compiler, "-shared", *_flags(), *objects, "-o", str(folder / path.name)])
         linked = path.with_suffix(".o")
         own = [path for path in objects if "onnxruntime" not in Path(path).name]
         _run([compiler, "-r", "-nostdlib", *own, "-o", str(folder / linked.name)])

@@ -59,7 +59,8 @@ def test_extreme_inputs_stay_finite(library: KernelLibrary) -> None:
         expected = sparse_ffn_definition(
             x.double(), *(w.double() for w in weights), activation=activation, keep=20, choosing=True
         )
-        torch.testing.assert_close(out.double(), expected, atol=0, rtol=1e-4)
+        # sums of such numbers cancel: what is lost is a share of the largest
+        torch.testing.assert_close(out.double(), expected, atol=1e-6 * float(expected.abs().max()), rtol=0)
 
 
 def test_sizes_that_make_no_sense_are_refused(library: KernelLibrary) -> None:

@@ -14,8 +14,10 @@ constexpr int LANES = 8, REGISTERS = 16;
 
 typedef float Vf __attribute__((vector_size(LANES * 4)));
 typedef int32_t Vi __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Vu __attribute__((vector_size(LANES * 4)));
 typedef float VfLoose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t ViLoose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t ViBytes __attribute__((vector_size(LANES * 4), aligned(1), may_alias));
 
 static inline Vf load(const float *p) { return *(const VfLoose *)p; }
 static inline void store(float *p, Vf x) { *(VfLoose *)p = x; }
@@ -51,8 +53,8 @@ static inline Vf times_power(Vf y, Vf x, Vf f) {
     return (Vf)_mm512_scalef_ps((__m512)y, (__m512)(x - f));
 #else
     // the low bits of the sum are the whole number
-    Vi power = (Vi)(x - f + all(12582912.0f)) << 23;
-    return x < -125.0f ? (Vf){} : (Vf)((Vi)y + power);
+    Vu power = (Vu)(x - f + all(12582912.0f)) << 23;
+    return x < -125.0f ? (Vf){} : (Vf)((Vu)y + power);
 #endif
 }
 
@@ -154,7 +156,7 @@ static inline Vf load_some(const float *p, int64_t n) {
 }
 // The first n of 4*LANES bytes, the others zero.
 static inline Vi load_bytes(const void *p, int64_t n) {
-    if (n >= LANES * 4) return load_int((const int32_t *)p);
+    if (n >= LANES * 4) return *(const ViBytes *)p;
 #if defined(__AVX512BW__)
     return (Vi)_mm512_maskz_loadu_epi8(((__mmask64)1 << n) - 1, p);
 #else
