@@ -23,8 +23,8 @@ WEIGHTS: Final = "weights.bin"
 # tensors smaller than this stay in the graph's own file
 EXTERNAL_FROM_BYTES: Final = 4096
 DTYPES: Final[dict[str, torch.dtype]] = {
-    "float32": torch.float32, "float16": torch.float16, "int64": torch.int64, "int32": torch.int32,
-    "int8": torch.int8, "uint8": torch.uint8, "bool": torch.bool,
+    "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
+    "int64": torch.int64, "int32": torch.int32, "int8": torch.int8, "uint8": torch.uint8, "bool": torch.bool,
 }  # fmt: skip
 
 

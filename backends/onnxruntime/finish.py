@@ -23,9 +23,11 @@ ATTENTION: Final = "memcompile::Attention"
 PAGE_BOUNDS: Final = "memcompile::PageBounds"
 # inputs of the traced node, in order
 (Q, K, V, PAST_K, PAST_V, LAST_SLOT, SLOTS, POSITIONS, K_SCALE, V_SCALE, PATTERN, BIAS, BOUNDS) = range(13)
-# the kernel library's operator for a cache of so many bits
-OPERATORS: Final = {0: "Attention", 8: "AttentionInt8", 4: "AttentionInt4"}
-PAGE_OPERATORS: Final = {0: "PageBounds", 8: "PageBoundsInt8", 4: "PageBoundsInt4"}
+# what the kernel library's operators for a cache of a type are called after "Attention" and "PageBounds"
+SUFFIXES: Final = {
+    ir.DataType.FLOAT: "", ir.DataType.BFLOAT16: "BFloat16",
+    ir.DataType.INT8: "Int8", ir.DataType.UINT8: "Int4",
+}  # fmt: skip
 _KERNEL_INTS: Final = (
     "num_heads", "kv_num_heads", "causal", "window", "sinks", "block", "stride", "block_tokens",
     "pattern_from", "splits", "key_tile", "page_tokens", "page_keep", "page_from", "products",
@@ -83,6 +85,8 @@ def finish(
         for old, value in zip(node.outputs, new.outputs, strict=True):
             old.replace_all_uses_with(value, replace_graph_outputs=True)
         made.graph.remove(node, safe=True)
+        if new.domain == MICROSOFT:
+            _cast_caches(made.graph, new)
     # whose bounds are read by no kernel are passed on as they are
     for node in [node for node in made.graph if node.domain == MEMCOMPILE and node.op_type == "PageBounds"]:
         _finish_bounds(made, node)
@@ -95,10 +99,32 @@ def finish(
 def _finish_bounds(model: ir.Model, node: ir.Node) -> None:
     read = any(user.domain == MEMCOMPILE for user, _ in node.outputs[0].uses())
     if read:
-        node.op_type = PAGE_OPERATORS[node.attributes.get_int("bits", 0)]
+        node.op_type += _suffix(node.inputs[1])
         node.attributes.pop("bits")
         return
     replace_node(model.graph, node, ir.Node("", "Identity", [node.inputs[1]]))
+
+
+def _suffix(cache: ir.Value | None) -> str:
+    assert cache is not None
+    assert cache.dtype is not None
+    return SUFFIXES[cache.dtype]
+
+
+def _cast_caches(graph: ir.Graph, node: ir.Node) -> None:
+    """The runtime's operator has no bfloat16 on the CPU: it gets float32 copies of such caches."""
+    for index, present in zip((PAST_K, PAST_V), node.outputs[1:], strict=True):
+        past = node.inputs[index]
+        if past is None or past.dtype != ir.DataType.BFLOAT16:
+            return
+        widen = ir.Node("", "Cast", [past], [ir.AttrInt64("to", int(ir.DataType.FLOAT))], num_outputs=1)
+        graph.insert_before(node, widen)
+        node.replace_input_with(index, widen.outputs[0])
+        stored = ir.Value(name=present.name, type=present.type, shape=present.shape)
+        present.replace_all_uses_with(stored, replace_graph_outputs=True)
+        present.name, present.type = f"{stored.name}_wide", ir.TensorType(ir.DataType.FLOAT)
+        to = ir.AttrInt64("to", int(ir.DataType.BFLOAT16))
+        graph.insert_after(node, ir.Node("", "Cast", [present], [to], outputs=[stored]))
 
 
 def all_inputs(node: ir.Node) -> list[ir.Value | None]:
@@ -116,7 +142,7 @@ def _kernel(node: ir.Node) -> ir.Node:
     attributes += [ir.AttrFloat32(n, names.get_float(n, 0.0)) for n in ("scale", "softcap")]
     return ir.Node(
         MEMCOMPILE,
-        OPERATORS[names.get_int("bits", 0)],
+        f"Attention{_suffix(node.inputs[PAST_K])}",
         [*all_inputs(node)[:BIAS], all_inputs(node)[BOUNDS]],
         attributes,
         outputs=_outputs(node),

@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
+import torch
 from numpy.typing import NDArray
 
 from memcompile.backends.onnxruntime import finish
@@ -19,6 +20,7 @@ from memcompile.backends.onnxruntime.emitter import OPSET
 from memcompile.backends.onnxruntime.nodes import MEMCOMPILE, MICROSOFT
 from memcompile.errors import MemcompileError
 from memcompile.kernels import TYPES, find_library
+from memcompile.runtime.buffers import host_value
 from memcompile.runtime.session import session_options
 from memcompile.tuning import KERNELS, Candidate, Inputs, Opened, Parameter, Problem, Space, space_of
 from memcompile.tuning.attention import CHUNKS, PREFILL
@@ -35,10 +37,6 @@ MOST_COPIES: Final = 16
 TOLERANCES: Final = {"float32": 1e-4, "bfloat16": 2e-2}
 CODES_TOLERANCE: Final = 2e-2
 IR_VERSION: Final = 10
-_TYPES: Final = {
-    "float32": ir.DataType.FLOAT, "int8": ir.DataType.INT8, "uint8": ir.DataType.UINT8,
-    "int32": ir.DataType.INT32, "int64": ir.DataType.INT64,
-}  # fmt: skip
 
 
 def attention_task(problem: Problem, *, threads: int, dtype: str) -> AttentionTask:
@@ -76,7 +74,7 @@ class AttentionTask:
         """A session of one node. Raises ValueError when the runtime does not load it."""
         chunk = self.problem.chunk(candidate)
         if chunk not in self._feeds:
-            self._feeds[chunk] = make_feeds(self.problem, chunk)
+            self._feeds[chunk] = make_feeds(self.problem, chunk, self.dtype)
         feeds = self._feeds[chunk]
         model = finished(self.problem, feeds, candidate, self.dtype)
         options = session_options("step", self.threads)
@@ -142,8 +140,8 @@ class Bound:
         return out[:, self._middle]
 
 
-def make_feeds(problem: Problem, chunk: int) -> Feeds:
-    """The traced node's inputs, by name, in the type and layout that an artifact gives them."""
+def make_feeds(problem: Problem, chunk: int, dtype: str = "float32") -> Feeds:
+    """The traced node's inputs, by name, as the artifact of a model of type `dtype` gives them."""
     shape, inputs = problem.shape, problem.inputs(chunk)
     stored = padded_width(shape.width)
     batch, slots = inputs.q.shape[0], len(inputs.positions)
@@ -162,13 +160,12 @@ def make_feeds(problem: Problem, chunk: int) -> Feeds:
     if inputs.scale is not None:
         scale = inputs.scale.reshape(shape.kv_heads, shape.width)
         values["scale"] = _widened(scale, stored, 1.0).reshape(-1)
-    caches = [_cache(x, stored, shape.bits) for x in (inputs.k, inputs.v)]
+    caches = [_cache(x, stored, shape.bits, dtype) for x in (inputs.k, inputs.v)]
     copies = 1 if problem.operator == PREFILL else -(-COLD_BYTES // (2 * caches[0].nbytes))
-    value = ort.OrtValue.ortvalue_from_numpy
     return Feeds(
-        {name: value(np.ascontiguousarray(array)) for name, array in values.items()},
-        # each call of ortvalue_from_numpy may share memory with its array: every copy has its own
-        [tuple(value(x.copy()) for x in caches) for _ in range(min(max(copies, 1), MOST_COPIES))],
+        {name: host_value(np.ascontiguousarray(array)) for name, array in values.items()},
+        # a value shares memory with its array: every copy has its own
+        [tuple(host_value(x.copy()) for x in caches) for _ in range(min(max(copies, 1), MOST_COPIES))],
     )
 
 
@@ -220,8 +217,9 @@ def _traced(problem: Problem, feeds: Feeds) -> ir.Model:
 
 
 def _value(name: str, value: Any) -> ir.Value:
-    dtype = _TYPES[np.dtype(value.numpy().dtype).name]
-    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(value.shape()))
+    return ir.Value(
+        name=name, type=ir.TensorType(ir.DataType(value.element_type())), shape=ir.Shape(value.shape())
+    )
 
 
 def _like(name: str, value: ir.Value) -> ir.Value:
@@ -233,9 +231,12 @@ def _widened(rows: NDArray[Any], stored: int, fill: float = 0.0) -> NDArray[Any]
     return np.pad(rows, more, constant_values=fill) if stored != rows.shape[-1] else rows
 
 
-def _cache(rows: NDArray[Any], stored: int, bits: int) -> NDArray[Any]:
+def _cache(rows: NDArray[Any], stored: int, bits: int, dtype: str) -> NDArray[Any]:
     """Keys or values as the buffer holds them; int4 has two channels a byte, the first one low, plus 8."""
     rows = _widened(rows, stored)
+    if dtype == "bfloat16" and not bits:
+        rounded: NDArray[Any] = torch.from_numpy(rows).bfloat16().view(torch.uint16).numpy()
+        return rounded
     if bits != 4:
         return rows
     codes = (rows + 8).astype(np.uint8)

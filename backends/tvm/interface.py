@@ -7,7 +7,7 @@ import torch
 from memcompile.errors import MemcompileError
 from memcompile.lowering import interface
 from memcompile.lowering.interface import StepInterface
-from memcompile.program import Program
+from memcompile.program import PositionGroup, Program
 
 
 def step_interface(program: Program) -> StepInterface:
@@ -22,12 +22,12 @@ def step_interface(program: Program) -> StepInterface:
                 f"region {state.region} has heads of {state.head_dim} channels, and 4-bit caches pack pairs",
                 fix="use kv.quantize with bits: 8",
             )
-    return interface.step_interface(program, interface.Conventions(_same, _float32, masked=False))
+    return interface.step_interface(program, interface.Conventions(_same, _float32, _float32, masked=False))
 
 
 def _same(width: int) -> int:
     return width
 
 
-def _float32(dtype: torch.dtype) -> str:
+def _float32(dtype: torch.dtype, group: PositionGroup | None = None) -> str:
     return "float32"

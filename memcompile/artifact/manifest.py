@@ -15,7 +15,7 @@ FORMAT: Final = "memcompile-artifact"
 VERSION: Final = 1
 MANIFEST: Final = "manifest.json"
 MANIFEST_MAX_BYTES: Final = 64 * 2**20
-DTYPES: Final = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool", "float64")
+DTYPES: Final = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool", "float64")
 KINDS: Final = ("linear", "positions")
 MASK_INPUT: Final = "attention_mask"
 
@@ -359,11 +359,13 @@ def _check_state(
     for name in ("kv_heads", "head_dim"):
         _range(f"{where}.{name}", getattr(state, name), 1, MAX_COUNT)
     _range(f"{where}.heads", state.heads, 0, MAX_COUNT)
-    wanted = {0: ("float32", "float16"), 8: ("int8",), 4: ("uint8",)}.get(state.bits)
+    wanted = {0: ("float32", "float16", "bfloat16"), 8: ("int8",), 4: ("uint8",)}.get(state.bits)
     if wanted is None:
         raise ValueError(f"{where}.bits is {state.bits}, not 0, 8 or 4")
     if state.dtype not in wanted:
         raise ValueError(f"{where}.dtype is {state.dtype!r}; with bits {state.bits} it is one of {wanted}")
+    if state.dtype == "bfloat16" and manifest.group(state.group).evict is not None:
+        raise ValueError(f"{where}.dtype is 'bfloat16', which no `compress` function takes or gives")
     for field_name in ("key_in", "value_in", "observed_in", "bounds_in", "neurons_in"):
         name = getattr(state, field_name)
         if name is not None and name not in inputs:

@@ -92,7 +92,7 @@ Examples:
     type=click.Choice(["float32", "bfloat16", "float16"]),
     default="float32",
     show_default=True,
-    help="Type of queries and cache; of what is multiplied, with onnxruntime.",
+    help="Type of queries and cache; with onnxruntime of cache and products.",
 )
 @click.option(
     "--time-budget",

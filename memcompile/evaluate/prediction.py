@@ -10,7 +10,7 @@ from memcompile.artifact.manifest import GroupEntry, Manifest, StateEntry
 
 # buffers may be rounded up and windows hold part of a chunk while it is read
 TOLERANCE: Final = 0.1
-_ELEMENT_BYTES: Final = {"float32": 4, "float16": 2, "int8": 1, "uint8": 1}
+_ELEMENT_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
 
 
 @dataclass(frozen=True, slots=True)

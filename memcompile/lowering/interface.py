@@ -31,11 +31,13 @@ class Conventions:
     """What backends do differently.
 
     head_dim: the width that a cache has for heads of a width; float_type: the type that a backend computes a
-    type in; masked: the first plain group is told by `attention_mask` instead of positions.
+    type in; cache_type: the type in which it keeps keys and values of a type in a group; masked: the first
+    plain group is told by `attention_mask` instead of positions.
     """
 
     head_dim: Callable[[int], int]
     float_type: Callable[[torch.dtype], str]
+    cache_type: Callable[[torch.dtype, PositionGroup], str]
     masked: bool
 
 
@@ -168,7 +170,7 @@ def _groups(program: Program, conventions: Conventions) -> tuple[GroupEntry, ...
 
 def _state(spec: StateSpec, group: PositionGroup, conventions: Conventions) -> StateEntry:
     observes = bool(spec.observe_tokens)
-    storage = {8: "int8", 4: "uint8"}.get(spec.bits) or conventions.float_type(spec.dtype)
+    storage = {8: "int8", 4: "uint8"}.get(spec.bits) or conventions.cache_type(spec.dtype, group)
     return StateEntry(
         region=spec.region,
         group=group.name,

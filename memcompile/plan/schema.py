@@ -30,8 +30,8 @@ class Model(Section):
     )
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
         "float32",
-        description="type of weights and activations; in bfloat16 the CPU's kernels round what they multiply "
-        "while a prompt is read",
+        description="type of weights, activations and cache; "
+        "in bfloat16 the CPU's kernels round what they multiply",
     )
     weights: Literal["stored", "float32"] = Field(
         "stored",

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from memcompile.artifact import GroupEntry, Manifest
 from memcompile.artifact.manifest import MASK_INPUT
 from memcompile.errors import MemcompileError
 from memcompile.runtime.base import Logits, logits_width
-from memcompile.runtime.buffers import Array
+from memcompile.runtime.buffers import Array, host_value
 from memcompile.runtime.cache import DECODING, State
 
 
@@ -114,7 +113,7 @@ class StepBinding:
                 caches.bounds.bind(self._binding, entry.bounds_in, entry.bounds_out, row)
             if caches.neurons is not None:
                 counts = caches.neurons if row is None else caches.neurons[row : row + 1]
-                value = self._held[str(entry.neurons_in)] = ort.OrtValue.ortvalue_from_numpy(counts)
+                value = self._held[str(entry.neurons_in)] = host_value(counts)
                 self._binding.bind_ortvalue_input(entry.neurons_in, value)
                 self._binding.bind_ortvalue_output(entry.neurons_out, value)
             if entry.observed_in is not None and state.phase == DECODING:
@@ -127,11 +126,11 @@ class StepBinding:
     def _input(self, name: str, array: Array) -> None:
         if name in self._inputs:
             # the binding does not keep the array alive
-            self._held[name] = value = ort.OrtValue.ortvalue_from_numpy(array)
+            self._held[name] = value = host_value(array)
             self._binding.bind_ortvalue_input(name, value)
 
     def _output(self, array: Array) -> None:
-        self._held[self._logits] = value = ort.OrtValue.ortvalue_from_numpy(array)
+        self._held[self._logits] = value = host_value(array)
         self._binding.bind_ortvalue_output(self._logits, value)
 
     def _run(self) -> None:

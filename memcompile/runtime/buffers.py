@@ -14,15 +14,28 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 # what vector loads of compiled kernels may take for granted
 ALIGNMENT_BYTES: Final = 64
+# numpy has no bfloat16, and no tensor of ours is uint16: arrays of it hold bfloat16's bits
+_BFLOAT16: Final = {"bfloat16": "uint16"}
+_ONNX_BFLOAT16: Final = 16
 
 
 def aligned_zeros(shape: tuple[int, ...], dtype: str) -> Array:
-    """Zeros that begin at a multiple of 64 bytes; their pages are real only once written."""
+    """Zeros that begin at a multiple of 64 bytes, of bfloat16 as uint16; pages are real only once written."""
+    dtype = _BFLOAT16.get(dtype, dtype)
     size = prod(shape) * np.dtype(dtype).itemsize
     memory = np.zeros(size + ALIGNMENT_BYTES, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT_BYTES
     array: Array = memory[start : start + size].view(dtype).reshape(shape)
     return array
+
+
+def host_value(array: Array) -> Any:
+    """An ONNX Runtime value over an array's memory, which must outlive it; uint16 is bfloat16."""
+    import onnxruntime as ort
+
+    if array.dtype == np.uint16:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ONNX_BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(array)
 
 
 class Buffer(Protocol):
@@ -66,9 +79,7 @@ class HostBuffer:
         return int(self.array.nbytes)
 
     def bind(self, binding: Any, name_in: str | None, name_out: str | None, row: int | None) -> None:
-        import onnxruntime as ort
-
-        value = ort.OrtValue.ortvalue_from_numpy(self.array if row is None else self.array[row : row + 1])
+        value = host_value(self.array if row is None else self.array[row : row + 1])
         if name_in is not None:
             binding.bind_ortvalue_input(name_in, value)
         if name_out is not None:

@@ -1,5 +1,5 @@
 // The attention kernels as custom operators of ONNX Runtime, domain "memcompile": Attention (float32 cache),
-// AttentionInt8 and AttentionInt4 (codes); and the registration of all operators.
+// AttentionBFloat16, AttentionInt8 and AttentionInt4 (codes); and the registration of all operators.
 #include "attention.h"
 #include "onnxruntime.h"
 
@@ -25,6 +25,8 @@ struct Kernel {
     float scale = 0, softcap = 0;
 };
 
+size_t element_bytes(int32_t type) { return type == MC_F32 ? 4 : type == MC_BF16 ? 2 : 1; }
+
 OrtStatus *compute(void *kernel, OrtKernelContext *context) {
     const Kernel &op = *(const Kernel *)kernel;
     Calls call{op.api};
@@ -45,7 +47,7 @@ OrtStatus *compute(void *kernel, OrtKernelContext *context) {
     Tensor out = output(call, context, OUT, in[Q]);
     Tensor present[2] = {output(call, context, PRESENT_K, in[PAST_K]), output(call, context, PRESENT_V, in[PAST_V])};
     if (call.status) return call.status;
-    size_t element = op.cache_type == MC_F32 ? 4 : 1;
+    size_t element = element_bytes(op.cache_type);
     for (int i = 0; i < 2; i++) {
         const Tensor &past = in[PAST_K + i];
         // the runtime binds one buffer as both; without that the cache is copied
@@ -161,7 +163,7 @@ OrtStatus *compute_bounds(void *kernel, OrtKernelContext *context) {
         return create_status(op.api, "memcompile.PageBounds: the sizes of its inputs do not fit together");
     Tensor out = output(call, context, 0, past);
     if (call.status) return call.status;
-    size_t element = op.cache_type == MC_F32 ? 4 : 1;
+    size_t element = element_bytes(op.cache_type);
     // the runtime binds one buffer as both; without that the bounds are copied
     if (out.data != past.data) memcpy(out.data, past.data, (size_t)(B * op.kv_heads * pages * width) * element);
     std::vector<int32_t> used((size_t)B);
@@ -210,9 +212,11 @@ Operator make_bounds(const char *name, int cache, int32_t type) {
 
 const Operator OPERATORS[] = {
     make_bounds("PageBounds", FLOAT, MC_F32),
+    make_bounds("PageBoundsBFloat16", BFLOAT16, MC_BF16),
     make_bounds("PageBoundsInt8", INT8, MC_I8),
     make_bounds("PageBoundsInt4", UINT8, MC_I4),
     make("Attention", FLOAT, MC_F32),
+    make("AttentionBFloat16", BFLOAT16, MC_BF16),
     make("AttentionInt8", INT8, MC_I8),
     make("AttentionInt4", UINT8, MC_I4),
 };

@@ -14,6 +14,7 @@ from memcompile.artifact.manifest import parse_manifest
 from memcompile.backends.onnxruntime import tuned
 from memcompile.backends.onnxruntime.backend import KERNEL_MODEL, OnnxRuntimeBackend
 from memcompile.errors import MemcompileError
+from memcompile.frontend import capture
 from memcompile.lowering import get_backend
 from memcompile.program import build_program
 from memcompile.progress import SILENT
@@ -23,7 +24,7 @@ from memcompile.runtime import session as runtime_session
 from memcompile.tuning import Database, Workload
 from memcompile.tuning.crossover import Rule, Switch, switch_of
 from tests.backends.onnxruntime.build import artifact_of
-from tests.models import captured_tiny
+from tests.models import captured_tiny, tiny_model
 from tests.rewrite.tiny import entry
 
 PROMPT = [int(t) for t in np.random.default_rng(3).integers(3, 64, 100)]
@@ -67,6 +68,27 @@ def test_the_bounds_are_counted_in_the_state(artifacts: tuple[Path, Path]) -> No
     dense, paged = (load(path, threads=1).new_state(2, 100, 20).nbytes for path in artifacts)
     # of 120 slots 8 pages, two layers, two heads of 16 channels
     assert paged - dense == 2 * 2 * 2 * 8 * 2 * 16 * 4
+
+
+def test_bounds_of_a_bfloat16_cache_are_those_of_the_keys_it_keeps(tmp_path: Path) -> None:
+    captured = capture(tiny_model("llama").bfloat16())
+    apply(captured.graph, [entry("attention.sparse", selector="pages", keep_tokens=32, dense_tokens=0)])
+    session = load(artifact_of(build_program(captured), tmp_path / "out"), threads=1)
+    assert {"AttentionBFloat16", "PageBoundsBFloat16"} <= set(session.manifest.functions["step"].kernels)
+    state = session.new_state(1, len(PROMPT), 5)
+    session.prefill(state, [PROMPT])
+    session.decode(state, [3])
+    for caches in state.caches:
+        assert caches.bounds is not None
+        keys, bounds = (_floats(buffer.row(0)) for buffer in (caches.key, caches.bounds))
+        pages = np.split(keys[:, : len(PROMPT) + 1], range(16, len(PROMPT) + 1, 16), axis=1)
+        for page, kept in enumerate(pages):
+            expected = np.concatenate([kept.max(axis=1), kept.min(axis=1)], axis=-1)
+            np.testing.assert_array_equal(bounds[:, page], expected)
+
+
+def _floats(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def test_both_graphs_have_the_interface_of_the_manifest(artifacts: tuple[Path, Path]) -> None:

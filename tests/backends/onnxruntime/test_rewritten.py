@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from memcompile.backends.torch import TorchSession
+from memcompile.frontend import capture
+from memcompile.program import build_program
 from memcompile.rewrite.manager import apply
+from memcompile.runtime import Session
 from tests.backends.onnxruntime.build import session_of
-from tests.models import captured_tiny
+from tests.models import captured_tiny, tiny_model
 from tests.rewrite.tiny import calibration, entry
 
 # two of the four layers lose a group of heads
@@ -50,6 +53,11 @@ PLANS: dict[str, list[tuple[str, dict[str, Any]]]] = {
 TOLERANCE = {"int8": 2e-3, "pages of int8": 2e-3, "heads of int8": 2e-3, "int4": 5e-2, "all three": 5e-3}
 
 
+# what reads or replaces caches, which a bfloat16 model has in bfloat16 but for those that are evicted
+DTYPES = (torch.bfloat16, torch.float32)
+NARROW = {name: PLANS[name] for name in ("window and sinks", "evict", "int8", "all three")}
+
+
 def _entries(plan: list[tuple[str, dict[str, Any]]]) -> list[Any]:
     return [entry(name, **config) for name, config in plan]
 
@@ -59,15 +67,27 @@ def test_artifact_and_torch_program_agree(name: str, tmp_path: Path) -> None:
     captured = captured_tiny("llama", num_hidden_layers=4)
     apply(captured.graph, _entries(PLANS[name]), calibration=calibration(tmp_path))
     program, session = session_of(captured, tmp_path / "out")
+    agree(TorchSession(program), session, TOLERANCE.get(name, 5e-5))
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_a_bfloat16_model_is_rewritten_too(name: str, tmp_path: Path) -> None:
+    narrow, wide = (capture(tiny_model("llama", num_hidden_layers=4).bfloat16().to(t)) for t in DTYPES)
+    for captured in (narrow, wide):
+        apply(captured.graph, _entries(PLANS[name]), calibration=calibration(tmp_path))
+    _, session = session_of(narrow, tmp_path / "out")
+    # the same weights, without rounding of what is computed
+    agree(TorchSession(build_program(wide)), session, 2e-2)
+
+
+def agree(judge: TorchSession, session: Session, atol: float) -> None:
     rows = [
         [int(t) for t in torch.randint(3, 64, (count,), generator=torch.Generator().manual_seed(count))]
         for count in (70, 45)
     ]
-    judge = TorchSession(program)
     expected_state, state = judge.new_state(2, 70, 8), session.new_state(2, 70, 8)
     expected = judge.prefill(expected_state, rows)
     got = session.prefill(state, rows)
-    atol = TOLERANCE.get(name, 5e-5)
     for left, right in zip(got, expected, strict=True):
         np.testing.assert_allclose(left, right, atol=atol)
     judge.compress(expected_state)
