@@ -53,7 +53,12 @@ PLANS: Final[dict[str, dict[str, Any]]] = {
     "int4_awq": _layers(preset="int4_awq"),
     "int4_gptq": _layers(preset="int4_gptq"),
     "int4_awq_gptq": _layers(preset="int4_awq_gptq"),
+    "int4_distilled": _layers(preset="int4_distilled"),
     "int4_kmeans": _layers(preset="int4_kmeans"),
+    "int4_kmeans_gptq": _layers(preset="int4_kmeans_gptq"),
+    "int4_kmeans_distilled": _layers(preset="int4_kmeans_distilled"),
+    # 4.56 bits a weight, scales and zero points counted; those above take 5.13 and 5
+    "int4_distilled_64": _layers(preset="int4_distilled", block_size=64),
     "int4_offsets": _layers(preset="int4", zero_point="float"),
     "mixed_5bit": _quantized({"preset": "mixed_5bit"}),
     "heads_10pc": _pruned({"preset": "taylor_heads"}),
