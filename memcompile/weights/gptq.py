@@ -25,7 +25,7 @@ COLUMNS: Final = 64
 
 
 class Codes(Protocol):
-    """What codes stand for: a grid or a table, of weights [N,blocks,block], or of one block's columns, [N]."""
+    """What codes stand for, a grid or a table: of blocks [N,blocks,block], or of one block's columns, [N]."""
 
     def codes(self, weight: torch.Tensor) -> torch.Tensor: ...
 

@@ -50,9 +50,7 @@ class Grid:
 
     def of_block(self, index: int) -> Grid:
         """The grid of one block, [N]."""
-        return Grid(
-            self.scale[:, index, 0], self.zero[:, index, 0], self.offset[:, index, 0], self.bits
-        )
+        return Grid(self.scale[:, index, 0], self.zero[:, index, 0], self.offset[:, index, 0], self.bits)
 
 
 Method = Callable[[torch.Tensor, Grid, ZeroPoint], Grid]

@@ -1,8 +1,8 @@
 """Recovery: what was left of a model learns to predict what the whole model predicted.
 
-The loss is the divergence of the rewritten model's predictions from the original's on calibration text (Hinton
-et al. 2015, Distilling the Knowledge in a Neural Network, arXiv:1503.02531, at temperature 1), minimised with
-AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101). Only what is trained is in memory as a whole: other
+The loss is the divergence of the rewritten model's predictions from the original's on calibration text
+(Hinton et al. 2015, Distilling the Knowledge in a Neural Network, arXiv:1503.02531, at temperature 1),
+minimised with AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101). Only what is trained is in memory as a whole: other
 weights are read when they are needed, forwards and backwards.
 """
 
@@ -42,7 +42,8 @@ class Recipe:
     """How long, how fast and what is trained.
 
     scales: those of quantised linear layers' blocks, each as a factor of what it was, so that one learning
-    rate serves all (Chen et al. 2024, EfficientQAT, arXiv:2407.11062, trains step sizes like that at its end).
+    rate serves all (step sizes are trained in the last phase of Chen et al. 2024, EfficientQAT,
+    arXiv:2407.11062).
     """
 
     steps: int

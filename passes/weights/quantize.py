@@ -143,8 +143,11 @@ class WeightsConfig(PassConfig):
     @model_validator(mode="after")
     def _tables_have_a_format_of_their_own(self) -> WeightsConfig:
         if self.method != "kmeans":
-            for name, given in (("bits", self.bits == 3), ("weigh_inputs", self.weigh_inputs),
-                ("spread_errors", self.spread_errors)):
+            for name, given in (
+                ("bits", self.bits == 3),
+                ("weigh_inputs", self.weigh_inputs),
+                ("spread_errors", self.spread_errors),
+            ):
                 if given:
                     raise ValueError(
                         f"{name}: {getattr(self, name)} is for method kmeans; method is {self.method}"
@@ -195,8 +198,8 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
     Costs:     a float32 scale a block (1 bit a weight at 32), and as much again with float zero points; saves
                3/4 of float32 weights at 8 bits, 27/32 at 4, 7/8 at 3 (block 32). Decoding reads that much
                less. A table takes 64 bytes a matrix; without the kernel library ONNX Runtime makes floats of
-               its codes on loading, and TVM artifacts store floats. A step of recovery takes about five times as
-               long as reading its window, and 16 bytes of memory a block.
+               its codes on loading, and TVM artifacts store floats. Recovery takes two forward passes and one
+               backward pass a step, and 16 bytes of memory a block.
     Identity:  bits none.
     Presets:   int8, int8_smooth, int8_smoothquant, int8_mptq, int4, int4_hqq, int4_awq, int4_gptq,
                int4_awq_gptq, int4_distilled, mixed_5bit: as ONNX Runtime's MatMulNBits reads them;
@@ -288,10 +291,10 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
                 "spread_errors": True,
                 "activations": "float",
             },
-            "the tables of Cho et al. 2023, eDKM, arXiv:2309.00964, without its training, and the rounding of "
-            "Frantar et al. 2023, GPTQ, arXiv:2210.17323",
-            "Four bits a weight, each the number of one of 16 values that k-means finds for its matrix, chosen "
-            "column by column so that other columns make up for the error.",
+            "the tables of Cho et al. 2023, eDKM, arXiv:2309.00964, without its training, and the rounding "
+            "of Frantar et al. 2023, GPTQ, arXiv:2210.17323",
+            "Four bits a weight, each the number of one of 16 values that k-means finds for its matrix, "
+            "chosen column by column so that other columns make up for the error.",
         ),
         "int4_kmeans_distilled": Preset(
             {
@@ -342,8 +345,8 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
                 "clip": True,
                 "recover": "distil",
             },
-            "Frantar et al. 2023, GPTQ, arXiv:2210.17323, and the last phase of Chen et al. 2024, EfficientQAT, "
-            "arXiv:2407.11062: codes stay, scales are trained",
+            "Frantar et al. 2023, GPTQ, arXiv:2210.17323, and the last phase of Chen et al. 2024, "
+            "EfficientQAT, arXiv:2407.11062: codes stay, scales are trained",
             "Four bits a weight by GPTQ; then scales learn to give the predictions of the floats.",
         ),
     }
