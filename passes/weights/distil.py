@@ -2,8 +2,8 @@
 
 The loss is the divergence of the rewritten model's predictions from the original's on calibration text
 (Hinton et al. 2015, Distilling the Knowledge in a Neural Network, arXiv:1503.02531, at temperature 1),
-minimised with AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101). Only what is trained is in memory as a whole: other
-weights are read when they are needed, forwards and backwards.
+minimised with AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101). Only what is trained is in memory as a
+whole: other weights are read when they are needed, forwards and backwards.
 """
 
 from __future__ import annotations
