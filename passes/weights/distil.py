@@ -285,8 +285,8 @@ def _trained(graph_module: fx.GraphModule, parameters: str, emit: Emit) -> list[
     if not names:
         raise MemcompileError(
             "MC305",
-            f"{emit.pass_name}: recover_parameters {parameters}: there are none, so nothing would be trained",
-            fix="name others, or set recover: none",
+            f"{emit.pass_name}: recover trains {parameters}: there are none, so nothing would be trained",
+            fix="train others, or set recover: none",
         )
     return list(names)
 

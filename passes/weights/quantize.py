@@ -199,7 +199,7 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
                3/4 of float32 weights at 8 bits, 27/32 at 4, 7/8 at 3 (block 32). Decoding reads that much
                less. A table takes 64 bytes a matrix; without the kernel library ONNX Runtime makes floats of
                its codes on loading, and TVM artifacts store floats. Recovery takes two forward passes and one
-               backward pass a step, and 16 bytes of memory a block.
+               backward pass a step, and 20 bytes of memory a block.
     Identity:  bits none.
     Presets:   int8, int8_smooth, int8_smoothquant, int8_mptq, int4, int4_hqq, int4_awq, int4_gptq,
                int4_awq_gptq, int4_distilled, mixed_5bit: as ONNX Runtime's MatMulNBits reads them;

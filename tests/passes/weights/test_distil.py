@@ -249,7 +249,7 @@ def test_refuses_a_model_without_logits(tmp_path: Path) -> None:
 
 
 def test_refuses_parameters_that_the_model_does_not_have(tmp_path: Path) -> None:
-    with pytest.raises(MemcompileError, match=r"MC305 .*recover_parameters norms: there are none"):
+    with pytest.raises(MemcompileError, match=r"MC305 .*recover trains norms: there are none"):
         recovered(tiny_graph(), tmp_path, recover_parameters="norms")
 
 
