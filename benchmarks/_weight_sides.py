@@ -151,9 +151,15 @@ def read_openvino(side: str, model: Path, prompt_tokens: int, threads: int) -> R
 
 
 def measure_quality(
-    folder: Path, reference: Path | None, keep: Path | None, windows: int, passkey_tokens: int, threads: int
+    folder: Path,
+    reference: Path | None,
+    keep: Path | None,
+    windows: int,
+    passkey_tokens: int,
+    threads: int,
+    text: Path = TEXT,
 ) -> Quality:
-    """Score windows of the text; `reference` holds log-probabilities that another side kept."""
+    """Score windows of a text; `reference` holds log-probabilities that another side kept."""
     import numpy as np
 
     from memcompile.evaluate.passkey import measure_passkey
@@ -162,7 +168,7 @@ def measure_quality(
     from memcompile.runtime import load
 
     session = load(folder, threads=threads)
-    source = TokenSource(session, read_text(TEXT), seed=0)
+    source = TokenSource(session, read_text(text), seed=0)
     room = WINDOW_TOKENS - len(source.start_ids)
     tokens = source.passage(0, 1, windows * room)
     losses, divergences, same = [], [], []
