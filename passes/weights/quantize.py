@@ -347,7 +347,8 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
             },
             "Frantar et al. 2023, GPTQ, arXiv:2210.17323, and the last phase of Chen et al. 2024, "
             "EfficientQAT, arXiv:2407.11062: codes stay, scales are trained",
-            "Four bits a weight by GPTQ; then scales learn to give the predictions of the floats.",
+            "Four bits a weight by GPTQ; then scales learn to give the predictions of the floats. They learn "
+            "the manner of the calibration text too: take one like what the model will read.",
         ),
     }
 
