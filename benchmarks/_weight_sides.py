@@ -53,7 +53,12 @@ PLANS: Final[dict[str, dict[str, Any]]] = {
     "int4_awq": _layers(preset="int4_awq"),
     "int4_gptq": _layers(preset="int4_gptq"),
     "int4_awq_gptq": _layers(preset="int4_awq_gptq"),
+    "int4_distilled": _layers(preset="int4_distilled"),
     "int4_kmeans": _layers(preset="int4_kmeans"),
+    "int4_kmeans_gptq": _layers(preset="int4_kmeans_gptq"),
+    "int4_kmeans_distilled": _layers(preset="int4_kmeans_distilled"),
+    # 4.56 bits a weight, scales and zero points counted; those above take 5.13 and 5
+    "int4_distilled_64": _layers(preset="int4_distilled", block_size=64),
     "int4_offsets": _layers(preset="int4", zero_point="float"),
     "mixed_5bit": _quantized({"preset": "mixed_5bit"}),
     "heads_10pc": _pruned({"preset": "taylor_heads"}),
@@ -146,9 +151,15 @@ def read_openvino(side: str, model: Path, prompt_tokens: int, threads: int) -> R
 
 
 def measure_quality(
-    folder: Path, reference: Path | None, keep: Path | None, windows: int, passkey_tokens: int, threads: int
+    folder: Path,
+    reference: Path | None,
+    keep: Path | None,
+    windows: int,
+    passkey_tokens: int,
+    threads: int,
+    text: Path = TEXT,
 ) -> Quality:
-    """Score windows of the text; `reference` holds log-probabilities that another side kept."""
+    """Score windows of a text; `reference` holds log-probabilities that another side kept."""
     import numpy as np
 
     from memcompile.evaluate.passkey import measure_passkey
@@ -157,7 +168,7 @@ def measure_quality(
     from memcompile.runtime import load
 
     session = load(folder, threads=threads)
-    source = TokenSource(session, read_text(TEXT), seed=0)
+    source = TokenSource(session, read_text(text), seed=0)
     room = WINDOW_TOKENS - len(source.start_ids)
     tokens = source.passage(0, 1, windows * room)
     losses, divergences, same = [], [], []

@@ -5,6 +5,7 @@ of them. Ratios are of readings taken in the same turn.
 
     python -m benchmarks.weights [--json] [--model FILE.gguf] [--prompt 2048] [--repeats 3] [--sides ...]
     [--folder FOLDER]    keep the artifacts here, and build only those that are missing
+    [--text FILE]        score another text than Persuasion
     [--quality-only]     no readings: quality does not depend on what else the machine does
     [--readings-only]    no quality, and no float side unless it is asked for
 
@@ -33,6 +34,7 @@ from benchmarks._weight_sides import (
     REFERENCE,
     RIVALS,
     SIDES,
+    TEXT,
     WINDOW_TOKENS,
     build_ours,
     measure_quality,
@@ -69,7 +71,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             if side not in RIVALS and not options.readings_only:
                 place = "--keep" if side == REFERENCE else "--reference"
                 more = [place, str(kept), "--windows", str(options.windows)]
-                more += ["--passkey", str(options.passkey)]
+                more += ["--passkey", str(options.passkey), "--text", str(options.text)]
                 done = answer_of("weights", ["--do", "quality", *arguments, *more], options.threads)
                 found["quality"][side] = done
                 print(f"{side}: {json.dumps(done)}", file=sys.stderr)
@@ -88,6 +90,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "repeats": options.repeats,
         "windows": options.windows,
         "passkey_tokens": options.passkey,
+        "text": Path(options.text).name,
         "sides": sides,
         **found,
     }
@@ -109,6 +112,7 @@ def do(options: argparse.Namespace) -> dict[str, Any]:
             options.windows,
             options.passkey,
             options.threads,
+            options.text,
         )
         return asdict(measured)
     place = Path(options.model) if options.side == "openvino" else options.artifact
@@ -212,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--windows", type=int, default=8, help=f"windows of {WINDOW_TOKENS} tokens to score")
     parser.add_argument("--passkey", type=int, default=1024, help="length of its prompts; 0: not asked for")
+    parser.add_argument("--text", type=Path, default=TEXT, help="what the windows are cut from")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--quality-only", action="store_true", help="take no readings")
     only.add_argument("--readings-only", action="store_true", help="measure no quality")
@@ -233,7 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if all(reached.values()) else 1
     print(
         f"{result['model']}: {result['prompt_tokens']} prompt tokens, {result['threads']} threads, "
-        f"{result['repeats']} turns; quality on {result['windows']} windows of {WINDOW_TOKENS} tokens, "
+        f"{result['repeats']} turns; quality on {result['windows']} windows of {WINDOW_TOKENS} tokens of "
+        f"{result['text']}, "
         f"passkeys in {result['passkey_tokens']}\n"
     )
     print(markdown(result) + "\n")

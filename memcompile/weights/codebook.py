@@ -27,6 +27,25 @@ ROUNDS: Final = 200
 _VALUES: Final = 1 << 16
 
 
+@dataclass(frozen=True)
+class TableGrid:
+    """What codes of a table stand for in every block: `weight = scale * table[code]`, scale [N,blocks,1]."""
+
+    scale: torch.Tensor
+    table: torch.Tensor
+
+    def codes(self, weight: torch.Tensor) -> torch.Tensor:
+        """The code of each weight whose value is nearest."""
+        return torch.bucketize(weight / self.scale, (self.table[1:] + self.table[:-1]) / 2)
+
+    def weight(self, codes: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.table[codes.long()]
+
+    def of_block(self, index: int) -> TableGrid:
+        """That of one block, scale [N]."""
+        return TableGrid(self.scale[:, index, 0], self.table)
+
+
 def cluster(values: torch.Tensor, counts: torch.Tensor, clusters: int) -> torch.Tensor:
     """The centres of k-means over `values` [n], ascending and different, which weigh `counts` [n] each.
 
@@ -153,11 +172,11 @@ def _table(parts: Iterable[torch.Tensor], counts: torch.Tensor, bits: int) -> to
 def _codes(part: torch.Tensor, counts: torch.Tensor, table: torch.Tensor, bits: int) -> QuantizedWeight:
     """Rows as codes of a table; the scales are fitted to the codes once, and the codes then to the scales."""
     blocks = in_blocks(part, counts.shape[-1])
-    middles = (table[1:] + table[:-1]) / 2
     scales = _scales(blocks)
-    meant = table[torch.bucketize(blocks / scales, middles)]
+    grid = TableGrid(scales, table)
+    meant = table[grid.codes(blocks)]
     power = (counts * meant * meant).sum(-1, keepdim=True)
     fitted = (counts * meant * blocks).sum(-1, keepdim=True) / power.clamp(min=1e-30)
     scales = torch.where(fitted == 0, scales, fitted)
-    codes = torch.bucketize(blocks / scales, middles)
+    codes = replace(grid, scale=scales).codes(blocks)
     return QuantizedWeight(pack(codes, bits), scales.squeeze(-1), None, None, bits, part.shape[1])

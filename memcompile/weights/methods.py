@@ -48,6 +48,10 @@ class Grid:
     def weight(self, codes: torch.Tensor) -> torch.Tensor:
         return self.scale * (codes - self.zero) + self.offset
 
+    def of_block(self, index: int) -> Grid:
+        """The grid of one block, [N]."""
+        return Grid(self.scale[:, index, 0], self.zero[:, index, 0], self.offset[:, index, 0], self.bits)
+
 
 Method = Callable[[torch.Tensor, Grid, ZeroPoint], Grid]
 

@@ -22,13 +22,13 @@ from memcompile.regions import WeightRegion, weight_regions
 from memcompile.rewrite.fingerprint import graph_text
 from memcompile.weights.clip import clipped
 from memcompile.weights.codebook import codebook, quantize_without_data
-from memcompile.weights.gptq import gptq
+from memcompile.weights.gptq import gptq, gptq_codebook
 from memcompile.weights.methods import ZeroPoint
 from memcompile.weights.parameter import LazyParameter, evaluated
 from memcompile.weights.place import operands
 from memcompile.weights.scaling import EXPONENTS, Inputs, ScaleInputs, search_scale
 
-VERSION: Final = 2
+VERSION: Final = 3
 aten: Any = torch.ops.aten
 _PRODUCTS: Final = (aten.mul.Tensor, operator.mul)
 
@@ -38,6 +38,7 @@ class Recipe:
     """How weights become codes, where calibration data decides about it.
 
     bits: by region. exponent: None, it is searched. clip: GPTQ's grids span the best share of each block.
+    spread_errors: codes of tables are found as GPTQ's are.
     """
 
     bits: Mapping[str, int]
@@ -45,6 +46,7 @@ class Recipe:
     zero_point: ZeroPoint
     method: str
     clip: bool
+    spread_errors: bool
     scale_inputs: ScaleInputs
     exponent: float | None
     shift_inputs: bool
@@ -63,6 +65,8 @@ class Recipe:
             return gptq(weight, hessian, clip=self.clip, **format_)
         if self.method == "clip":
             return clipped(weight, hessian, **format_)
+        if self.method == "kmeans" and self.spread_errors:
+            return gptq_codebook(weight, hessian, bits=bits, block=self.block)
         if self.method == "kmeans":
             return codebook(weight, bits=bits, block=self.block, moments=hessian.diagonal())
         return self.rounded(weight, bits)

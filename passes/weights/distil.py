@@ -1,9 +1,9 @@
 """Recovery: what was left of a model learns to predict what the whole model predicted.
 
-The loss is the divergence of the pruned model's predictions from the original's on calibration text (Hinton
-et al. 2015, Distilling the Knowledge in a Neural Network, arXiv:1503.02531, at temperature 1), minimised with
-AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101). Only what is trained is in memory as a whole: other
-weights are read when they are needed, forwards and backwards.
+The loss is the divergence of the rewritten model's predictions from the original's on calibration text
+(Hinton et al. 2015, Distilling the Knowledge in a Neural Network, arXiv:1503.02531, at temperature 1),
+minimised with AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101). Only what is trained is in memory as a
+whole: other weights are read when they are needed, forwards and backwards.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from memcompile.errors import MemcompileError
 from memcompile.passes.weights.calibrated import digest_of
 from memcompile.passes.weights.structure import NORMS, head_of
 from memcompile.progress import Progress
-from memcompile.regions import WeightRegion, weight_regions
+from memcompile.regions import WeightRegion, argument, weight_regions
 from memcompile.rewrite.emit import Emit
 from memcompile.weights.parameter import LazyParameter, evaluated
 from memcompile.weights.place import operands
 
 aten: Any = torch.ops.aten
-VERSION: Final = 1
+VERSION: Final = 2
 # steps after which what was trained is written down, to go on from there
 CHECKPOINT_STEPS: Final = 20
 # of so many windows one is kept back, to measure on
@@ -39,11 +39,16 @@ _SUFFIX: Final = "_trained"
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How long, how fast and what is trained."""
+    """How long, how fast and what is trained.
+
+    scales: those of quantised linear layers' blocks, each as a factor of what it was, so that one learning
+    rate serves all (step sizes are trained in the last phase of Chen et al. 2024, EfficientQAT,
+    arXiv:2407.11062).
+    """
 
     steps: int
     learning_rate: float
-    parameters: Literal["norms", "pruned", "all"]
+    parameters: Literal["norms", "pruned", "all", "scales"]
 
 
 def distil(
@@ -68,11 +73,11 @@ def distil(
     held = max(1, len(data.windows) // HELD_OUT)
     windows = data.windows[:-held] or data.windows
     teacher = _Runner(original, {})
-    student = _Student(graph_module, names)
+    student = _Student(graph_module, names, factors=recipe.parameters == "scales")
     settings = ("distil", VERSION, recipe, names, digest_of(original, (), data))
-    # what the pruned weights are is not in a digest of the model
-    pruned = replace(data, model_digest="")
-    cache = MeasurementCache.at(data.cache, digest_of(graph_module, settings, pruned))
+    # what the rewritten weights are is not in a digest of the model
+    rewritten = replace(data, model_digest="")
+    cache = MeasurementCache.at(data.cache, digest_of(graph_module, settings, rewritten))
     cache.describe({"version": VERSION, "statistic": repr(recipe), "windows": len(data.windows)})
     before = _mean(_divergence(teacher, student.runner, window) for window in data.windows[-held:])
     student.train(recipe, windows, teacher, cache, progress)
@@ -96,14 +101,20 @@ def _mean(losses: Iterator[torch.Tensor]) -> float:
 
 
 class _Student:
-    """The tensors that are trained, as floats of their own, and the graph that runs with them."""
+    """The tensors that are trained, as floats of their own, and the graph that runs with them.
 
-    def __init__(self, graph_module: fx.GraphModule, names: Sequence[str]) -> None:
+    factors: what is trained are factors of their numbers.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, names: Sequence[str], *, factors: bool) -> None:
         self._types = {name: _read(graph_module, name).dtype for name in names}
         values = {name: evaluated(_read(graph_module, name)).detach().float().clone() for name in names}
+        if factors:
+            self._masks, values = values, {name: torch.ones_like(value) for name, value in values.items()}
+        else:
+            # what is zero in a matrix was pruned: no gradient reaches it
+            self._masks = {name: value != 0 for name, value in values.items() if value.ndim > 1}
         self._leaves = {name: value.requires_grad_() for name, value in values.items()}
-        # what is zero in a matrix was pruned: no gradient reaches it
-        self._masks = {name: value.detach() != 0 for name, value in values.items() if value.ndim > 1}
         self.count = sum(value.numel() for value in values.values())
         self.runner = _Runner(graph_module, {name: self._maker(name) for name in names})
 
@@ -254,13 +265,15 @@ def _trained(graph_module: fx.GraphModule, parameters: str, emit: Emit) -> list[
     """The stored tensors that are trained, by name, in graph order."""
     wanted: set[str] = set()
     for node in graph_module.graph.nodes:
-        if node.target in NORMS and parameters != "pruned":
+        if node.target in NORMS and parameters in ("norms", "all"):
             wanted |= {str(n.target) for one in node.all_input_nodes[1:] for n in _stored(one)}
-    regions = weight_regions(graph_module) if parameters == "all" else []
+    regions = weight_regions(graph_module) if parameters in ("all", "scales") else []
     for region in regions:
-        if region.kind == "linear" and not region.bits:
+        if region.kind == "linear" and parameters == "scales" and region.bits:
+            wanted.add(str(argument(region.node, "scales").target))
+        elif region.kind == "linear" and parameters == "all" and not region.bits:
             wanted |= _own(region)
-    if parameters != "norms":
+    if parameters in ("pruned", "all"):
         wanted |= {
             e.node for e in emit.journal.entries if e.action == "stored" and e.pass_name == emit.pass_name
         }
@@ -272,8 +285,8 @@ def _trained(graph_module: fx.GraphModule, parameters: str, emit: Emit) -> list[
     if not names:
         raise MemcompileError(
             "MC305",
-            f"weights.prune: recover_parameters {parameters}: there are none, so nothing would be trained",
-            fix="name others, or set recover: none",
+            f"{emit.pass_name}: recover trains {parameters}: there are none, so nothing would be trained",
+            fix="train others, or set recover: none",
         )
     return list(names)
 

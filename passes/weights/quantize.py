@@ -18,6 +18,7 @@ from memcompile.dialect.quantized_experts import quantized_experts_cost
 from memcompile.dialect.quantized_linear import quantized_linear_cost
 from memcompile.dialect.quantized_weights import QuantizedWeight
 from memcompile.errors import MemcompileError
+from memcompile.passes.weights import distil
 from memcompile.passes.weights.calibrated import Recipe, calibrate_codes, calibrated_weight
 from memcompile.passes.weights.choose import choose_bits, joined
 from memcompile.passes.weights.experts import ExpertsRegion, expert_regions, quantize_experts
@@ -73,6 +74,9 @@ class WeightsConfig(PassConfig):
         description="method kmeans: an error of a weight counts by the mean square of its input on "
         "calibration text; without, all count the same",
     )
+    spread_errors: bool = Field(
+        default=False, description="method kmeans: codes are found column by column, as GPTQ finds them"
+    )
     clip: bool = Field(default=False, description="method gptq: its grids are found as those of clip are")
     scale_inputs: ScaleInputs = Field(
         default="none",
@@ -86,6 +90,19 @@ class WeightsConfig(PassConfig):
     shift_inputs: bool = Field(
         default=False,
         description="also centre each input between its extremes on calibration text; biases make up for it",
+    )
+    recover: Literal["none", "distil"] = Field(
+        default="none",
+        description="after rounding, train on calibration text: distil, the scales of blocks of linear "
+        "layers, to give the predictions that the model of the plan gives before any pass",
+    )
+    recover_steps: Annotated[int, Field(ge=1, le=100_000)] = Field(
+        default=32, description="recover: steps, each on one window of the text"
+    )
+    recover_learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=3e-3,
+        description="recover: that of AdamW at the first step, for factors of the scales; it falls to 0 in a "
+        "line",
     )
     activations: Literal["int8", "float"] = Field(
         default="int8",
@@ -126,7 +143,11 @@ class WeightsConfig(PassConfig):
     @model_validator(mode="after")
     def _tables_have_a_format_of_their_own(self) -> WeightsConfig:
         if self.method != "kmeans":
-            for name, given in (("bits", self.bits == 3), ("weigh_inputs", self.weigh_inputs)):
+            for name, given in (
+                ("bits", self.bits == 3),
+                ("weigh_inputs", self.weigh_inputs),
+                ("spread_errors", self.spread_errors),
+            ):
                 if given:
                     raise ValueError(
                         f"{name}: {getattr(self, name)} is for method kmeans; method is {self.method}"
@@ -168,8 +189,8 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
 
     Rewrites:  linear layers, the product that gives the logits, the embedding of tokens, and experts.
                `layers` narrows it to layers (head and embedding are outside of all), `modules` to paths.
-    Needs:     calibration text for methods clip and gptq, scale_inputs, shift_inputs and weigh_inputs;
-               without these rtn, hqq and kmeans look at the weights alone.
+    Needs:     calibration text for methods clip and gptq, scale_inputs, shift_inputs, weigh_inputs,
+               spread_errors and recover; without these rtn, hqq and kmeans look at the weights alone.
     Refuses:   weights that are computed at run time, weights already quantised.
     Loses:     at most half a step a weight: 0.4% of a block's largest magnitude at 8 bits, 7% at 4 bits;
                int8 activations lose another 0.4% of a block's largest input. The steps of a table (kmeans)
@@ -177,10 +198,12 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
     Costs:     a float32 scale a block (1 bit a weight at 32), and as much again with float zero points; saves
                3/4 of float32 weights at 8 bits, 27/32 at 4, 7/8 at 3 (block 32). Decoding reads that much
                less. A table takes 64 bytes a matrix; without the kernel library ONNX Runtime makes floats of
-               its codes on loading, and TVM artifacts store floats.
+               its codes on loading, and TVM artifacts store floats. Recovery takes two forward passes and one
+               backward pass a step, and 20 bytes of memory a block.
     Identity:  bits none.
     Presets:   int8, int8_smooth, int8_smoothquant, int8_mptq, int4, int4_hqq, int4_awq, int4_gptq,
-               int4_awq_gptq, mixed_5bit: as ONNX Runtime's MatMulNBits reads them; int4_kmeans, edkm
+               int4_awq_gptq, int4_distilled, mixed_5bit: as ONNX Runtime's MatMulNBits reads them;
+               int4_kmeans, int4_kmeans_gptq, int4_kmeans_distilled, edkm
     """
 
     name: ClassVar[str] = "weights.quantize"
@@ -260,6 +283,31 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
             "Four bits a weight, each the number of one of 16 values that k-means finds for its matrix; an "
             "error counts by its input on calibration text.",
         ),
+        "int4_kmeans_gptq": Preset(
+            {
+                "bits": 4,
+                "block_size": 32,
+                "method": "kmeans",
+                "spread_errors": True,
+                "activations": "float",
+            },
+            "the tables of Cho et al. 2023, eDKM, arXiv:2309.00964, without its training, and the rounding "
+            "of Frantar et al. 2023, GPTQ, arXiv:2210.17323",
+            "Four bits a weight, each the number of one of 16 values that k-means finds for its matrix, "
+            "chosen column by column so that other columns make up for the error.",
+        ),
+        "int4_kmeans_distilled": Preset(
+            {
+                "bits": 4,
+                "block_size": 32,
+                "method": "kmeans",
+                "spread_errors": True,
+                "activations": "float",
+                "recover": "distil",
+            },
+            "int4_kmeans_gptq, and the last phase of Chen et al. 2024, EfficientQAT, arXiv:2407.11062",
+            "The same; then scales learn to give the predictions of the floats.",
+        ),
         "edkm": Preset(
             {"bits": 3, "block_size": 32, "method": "kmeans", "weigh_inputs": True, "activations": "float"},
             "Cho et al. 2023, eDKM, arXiv:2309.00964",
@@ -282,10 +330,25 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
             "Losses are predicted in the Fisher metric, and not measured layer by layer.",
         ),
         "int4_gptq": Preset(
-            {"bits": 4, "block_size": 32, "zero_point": "integer", "method": "gptq"},
+            {"bits": 4, "block_size": 32, "zero_point": "integer", "method": "gptq", "clip": True},
             "Frantar et al. 2023, GPTQ, arXiv:2210.17323; the blocks of ONNX Runtime's MatMulNBits",
-            "Four bits a weight, rounded column by column so that later columns make up for the error on "
-            "calibration text. Columns keep their order; a tied head shares the rounded embedding.",
+            "Four bits a weight, rounded column by column so that other columns make up for the error on "
+            "calibration text: those of the largest inputs first, on grids that were clipped before. A tied "
+            "head shares the rounded embedding.",
+        ),
+        "int4_distilled": Preset(
+            {
+                "bits": 4,
+                "block_size": 32,
+                "zero_point": "integer",
+                "method": "gptq",
+                "clip": True,
+                "recover": "distil",
+            },
+            "Frantar et al. 2023, GPTQ, arXiv:2210.17323, and the last phase of Chen et al. 2024, "
+            "EfficientQAT, arXiv:2407.11062: codes stay, scales are trained",
+            "Four bits a weight by GPTQ; then scales learn to give the predictions of the floats. They learn "
+            "the manner of the calibration text too: take one like what the model will read.",
         ),
     }
 
@@ -316,6 +379,7 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
             zero_point=config.zero_point,
             method=config.method,
             clip=config.clip,
+            spread_errors=config.spread_errors,
             scale_inputs=config.scale_inputs,
             exponent=config.scale_exponent,
             shift_inputs=config.shift_inputs,
@@ -323,6 +387,21 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
         )
         codes = calibrate_codes(graph_module, weights, recipe, data, progress)
         return codes if chosen is None else joined(codes, chosen)
+
+    def recovers(self, config: WeightsConfig) -> bool:
+        return config.recover != "none" and config.bits is not None
+
+    def recover(
+        self,
+        original: fx.GraphModule,
+        graph_module: fx.GraphModule,
+        config: WeightsConfig,
+        data: CalibrationData,
+        progress: Progress,
+        emit: Emit,
+    ) -> None:
+        recipe = distil.Recipe(config.recover_steps, config.recover_learning_rate, "scales")
+        distil.distil(original, graph_module, recipe, data, progress, emit)
 
     def identity(self) -> WeightsConfig:
         return WeightsConfig(bits=None)
@@ -472,7 +551,8 @@ class QuantizeWeights(Pass[WeightRegion | ExpertsRegion, WeightsConfig, WeightsF
 def _reads_data(config: WeightsConfig) -> bool:
     """Whether calibration text decides about the codes themselves."""
     scaled = config.scale_inputs != "none" or config.shift_inputs
-    return config.method in ("clip", "gptq") or config.weigh_inputs or scaled
+    of_tables = config.weigh_inputs or config.spread_errors
+    return config.method in ("clip", "gptq") or of_tables or scaled
 
 
 def _rounds_inputs(config: WeightsConfig) -> bool:

@@ -202,6 +202,42 @@ def test_products_with_biases_and_transposed_weights_are_trained(tmp_path: Path)
     assert after < before
 
 
+def quantized(graph: fx.GraphModule, folder: Path, **config: Any) -> RewriteResult:
+    codes = {"bits": 4, "block_size": 16, "method": "gptq", "zero_point": "integer", **config}
+    return apply(graph, [entry("weights.quantize", **codes)], calibration=text(folder))
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"method": "kmeans", "zero_point": "none", "spread_errors": True}, {"method": "rtn"}]
+)
+def test_scales_of_codes_are_trained_and_nothing_else(config: dict[str, Any], tmp_path: Path) -> None:
+    plain, trained = llama(), llama()
+    quantized(plain, tmp_path, **config)
+    before, after = told(quantized(trained, tmp_path, **config, recover="distil", recover_steps=12))
+    assert 0 < after < 0.9 * before
+    untrained, found = tensors(plain), tensors(trained)
+    changed = {name for name in found if name.endswith("_trained")}
+    assert len(changed) == 14
+    assert all("proj_scales" in name for name in changed)
+    assert found.keys() - changed < untrained.keys()
+    assert all(torch.equal(found[name], untrained[name]) for name in found.keys() - changed)
+
+
+def test_training_of_scales_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distil, "CHECKPOINT_STEPS", 2)
+    config: dict[str, Any] = {"recover": "distil", "recover_steps": 4}
+    whole, resumed = llama(), llama()
+    quantized(whole, tmp_path / "whole", **config)
+    taken = Stopping(monkeypatch, after=3)
+    with pytest.raises(KeyboardInterrupt):
+        quantized(llama(), tmp_path / "stopped", **config)
+    taken.after = None
+    quantized(resumed, tmp_path / "stopped", **config)
+    assert taken.steps == 3 + 2
+    wanted = tensors(whole)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors(resumed).items())
+
+
 def test_refuses_without_a_calibration_text() -> None:
     with pytest.raises(MemcompileError, match=r"MC107 data\.calibration: weights\.prune needs it"):
         apply(llama(), [entry("weights.prune", **RECOVER)])
@@ -213,7 +249,7 @@ def test_refuses_a_model_without_logits(tmp_path: Path) -> None:
 
 
 def test_refuses_parameters_that_the_model_does_not_have(tmp_path: Path) -> None:
-    with pytest.raises(MemcompileError, match=r"MC305 .*recover_parameters norms: there are none"):
+    with pytest.raises(MemcompileError, match=r"MC305 .*recover trains norms: there are none"):
         recovered(tiny_graph(), tmp_path, recover_parameters="norms")
 
 

@@ -216,6 +216,7 @@ def test_refuses_a_setting(values: dict[str, Any]) -> None:
     [
         ({"bits": 3}, "bits: 3 is for method kmeans; method is rtn"),
         ({"bits": 4, "weigh_inputs": True}, "weigh_inputs: True is for method kmeans; method is rtn"),
+        ({"bits": 4, "spread_errors": True}, "spread_errors: True is for method kmeans; method is rtn"),
         ({"method": "kmeans"}, "method kmeans has tables for bits 4 and 3; bits is 8"),
         ({"method": "kmeans", "bits": "mixed", "average_bits": 5}, "for bits 4 and 3; bits is mixed"),
         (
