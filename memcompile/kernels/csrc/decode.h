@@ -79,15 +79,16 @@ template <int TYPE, int N> static inline void read_row(const void *data, int64_t
     }
 }
 
-// Codes are read slowly enough that the hardware's own prefetching falls behind; floats are not.
-constexpr int64_t AHEAD_BYTES = 6144;
-
+// What lies ahead is fetched while a row is multiplied, which hardware does as far as a page goes. Codes, read
+// slowly, come into the first cache; floats into the second, for lines on their way to the first hold up loads.
 template <int TYPE, int N> static inline void prefetch(const void *data, int64_t at, int first) {
-    if constexpr (TYPE >= MC_I8) {
-        constexpr int CODES = TYPE == MC_I4 ? 2 : 1;  // a byte
-        const char *p = (const char *)data + at + first * LANES / CODES + AHEAD_BYTES;
-        for (int i = 0; i < N * LANES / CODES; i += 64) __builtin_prefetch(p + i);
-    }
+    constexpr bool CODES = TYPE == MC_I8 || TYPE == MC_I4;
+    constexpr int64_t AHEAD_BYTES = CODES ? 6144 : 8192;
+    // bytes of a stored row's element, and of a vector
+    constexpr int SIZE = TYPE == MC_F32 ? 4 : CODES ? 1 : 2;
+    constexpr int VECTOR = TYPE == MC_I4 ? LANES / 2 : TYPE == PAIRS ? LANES * 4 : LANES * SIZE;
+    const char *p = (const char *)data + at * SIZE + first * VECTOR + AHEAD_BYTES;
+    for (int i = 0; i < N * VECTOR; i += 64) __builtin_prefetch(p + i, 0, CODES ? 3 : 2);
 }
 
 // c + a * b, for words as `TYPE` has them.
@@ -151,6 +152,8 @@ static inline void gather_pairs(const void *v, const int64_t *at, int n, int fir
         for (int i = 0; i < 2 * N; i++) acc[r][i] = load(o + r * D + (2 * first + i) * LANES);
     for (int j = 0; j < n; j += 2) {
         Vf even[N], odd[N];
+        prefetch<PAIRS, N>(v, at[j], first);
+        prefetch<PAIRS, N>(v, at[j + 1], first);
         read_row<PAIRS, N>(v, at[j], first, even);
         read_row<PAIRS, N>(v, at[j + 1], first, odd);
         for (int i = 0; i < N; i++) {
