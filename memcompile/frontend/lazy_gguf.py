@@ -6,7 +6,11 @@ is given the numbers of the rows instead of the weights, and what comes back tel
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,32 @@ class GgufSource:
     config: Any
     class_name: str
     tensors: dict[str, LazyTensor]
+
+
+@contextlib.contextmanager
+def parsed_once() -> Iterator[None]:
+    """While this is open, a GGUF file is parsed once, whoever opens it.
+
+    Parsing a vocabulary takes seconds: transformers does it for the configuration, and again for the
+    tokenizer. It also makes the same table of names for each module of a model.
+    """
+    import gguf
+
+    package: Any = gguf
+
+    class Reader(gguf.GGUFReader):
+        def __setattr__(self, name: str, value: Any) -> None:
+            # a slice of an array costs half of one of a memory map, and there are a million
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+    before = package.GGUFReader, package.get_tensor_name_map
+    reader = functools.cache(Reader)
+    package.GGUFReader = lambda path: reader(os.path.realpath(path))
+    package.get_tensor_name_map = functools.cache(package.get_tensor_name_map)
+    try:
+        yield
+    finally:
+        package.GGUFReader, package.get_tensor_name_map = before
 
 
 def read_gguf(path: Path) -> GgufSource | None:

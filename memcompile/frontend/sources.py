@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from memcompile.errors import MemcompileError
-from memcompile.frontend.lazy_gguf import read_gguf
+from memcompile.frontend.lazy_gguf import parsed_once, read_gguf
 from memcompile.frontend.lazy_model import lazy_model
 from memcompile.weights.lazy import LazyTensor
 from memcompile.weights.parameter import materialise
@@ -160,7 +160,7 @@ def _from_pretrained(
     import transformers
 
     where = str(folder / extra.get("gguf_file", ""))
-    with _offline():
+    with _offline(), parsed_once() if extra else contextlib.nullcontext():
         try:
             gguf = read_gguf(folder / extra["gguf_file"]) if extra else None
             if gguf is not None:

@@ -149,6 +149,8 @@ def _measured(rule: Rule, tokens: int, threads: int, key: Key) -> Record | None:
     from datetime import UTC, datetime
 
     call = Call(rule, tokens, threads)
+    # loads torch and the kernels, which is no part of the search's time
+    call.taken(False)
     space = Space(rule.operator, {DENSE: (), CHOOSING: ()})
 
     def prepare(candidate: Candidate) -> Run | str:

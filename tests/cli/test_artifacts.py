@@ -13,6 +13,7 @@ import pytest
 from memcompile.cli import main
 from memcompile.evaluate import METRIC_NAMES
 from tests.cli.conftest import Cli
+from tests.models import save_tiny
 
 TinyFolder = Callable[[str], Path]
 
@@ -73,11 +74,12 @@ def test_optimize_prints_the_documented_json(made: tuple[Path, dict[str, Any]]) 
 
 @pytest.mark.slow
 def test_an_unmet_gate_shows_the_numbers_and_leaves_nothing(
-    cli: Cli, made: tuple[Path, dict[str, Any]], tiny_folder: TinyFolder
+    cli: Cli, made: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    plan, out = made[0].parent / "plan.yaml", made[0].parent / "unmet"
+    plan, out = made[0].parent / "plan.yaml", tmp_path / "unmet"
+    model = save_tiny("llama", tmp_path / "model", num_hidden_layers=1)
     answer = cli(
-        "optimize", tiny_folder("llama"), "--plan", plan, "-o", out, "--no-source", "--quick", "--json",
+        "optimize", model, "--plan", plan, "-o", out, "--no-source", "--quick", "--json",
         "--set", "gates.state_bytes.max=1KiB",
     )  # fmt: skip
     assert answer.exit_code == 5

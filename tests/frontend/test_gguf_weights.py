@@ -16,6 +16,7 @@ from gguf.quants import dequantize, quantize
 from memcompile.errors import MemcompileError
 from memcompile.frontend import Captured, capture
 from memcompile.frontend.gguf_weights import keep_stored_weights, matching_rows
+from memcompile.frontend.lazy_gguf import parsed_once
 from memcompile.regions import weight_regions
 from tests.models import tiny_model
 from tests.weights.test_gguf_blocks import random_rows
@@ -166,6 +167,21 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(MemcompileError, match="MC202 the GGUF file could not be read again") as caught:
         keep_stored_weights(captured, path, int8_activations=False)
     assert caught.value.where == str(path)
+
+
+def test_a_file_that_is_opened_again_is_parsed_once(tmp_path: Path) -> None:
+    _, path = written(tmp_path)
+    alone = gguf.GGUFReader(path)
+    with parsed_once():
+        reader = gguf.GGUFReader(path)
+        assert gguf.GGUFReader(str(path)) is reader
+    assert gguf.GGUFReader(path) is not reader
+    assert [field.contents() for field in reader.fields.values()] == [
+        field.contents() for field in alone.fields.values()
+    ]
+    for found, wanted in zip(reader.tensors, alone.tensors, strict=True):
+        assert (found.name, found.data_offset) == (wanted.name, wanted.data_offset)
+        np.testing.assert_array_equal(found.data, wanted.data)
 
 
 def test_rows_are_matched_whatever_their_order_and_no_other_row_is() -> None:

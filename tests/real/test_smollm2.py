@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from memcompile.calibrate.collect import CalibrationData, token_windows
-from memcompile.frontend import Captured, capture
+from memcompile.frontend import Captured
 from memcompile.pipeline import inspect, optimize
 from memcompile.plan import load_plan
 from memcompile.regions import attention_regions
@@ -25,7 +26,6 @@ PROMPT_TOKENS, NEW_TOKENS = 600, 8
 DENSE_TOKEN_BYTES = 30 * 3 * 64 * 2 * 4
 CALIBRATION = {"calibration": {"text": str(ROOT / "examples" / "texts" / "emma.txt.xz"), "tokens": 1024}}
 PLANS: dict[str, list[dict[str, Any]]] = {
-    "dense": [],
     "int8": [{"kv.quantize": {"bits": 8, "expect": 30}}],
     "evict-int8": [{"kv.evict": {"preset": "snapkv", "keep_tokens": 128}}, {"kv.quantize": {"bits": 8}}],
     "windows": [{"attention.static": {"preset": "streaming_llm", "window_tokens": 124, "sink_tokens": 4}}],
@@ -33,9 +33,9 @@ PLANS: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def captured(smollm2_path: Path) -> Captured:
+def captured(smollm2: Callable[..., Captured]) -> Captured:
     """The model's graph."""
-    return capture(str(smollm2_path))
+    return smollm2()
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +96,9 @@ def test_the_graph_says_what_transformers_says(
 
 
 def test_the_dense_artifact_says_what_the_graph_says(
-    captured: Captured, prompt: list[int], logits: torch.Tensor, tmp_path: Path
+    smollm2_artifact: Path, prompt: list[int], logits: torch.Tensor
 ) -> None:
-    session = artifact(captured, "dense", tmp_path)
+    session = load(smollm2_artifact, threads=1)
     state = session.new_state(1, PROMPT_TOKENS, NEW_TOKENS)
     (found,) = session.prefill(state, [prompt], all_logits=True)
     torch.testing.assert_close(torch.from_numpy(found), logits, atol=2e-3, rtol=1e-3)
@@ -134,10 +134,10 @@ def test_a_plan_saves_allocated_state_and_stays_near_the_original(
 
 
 def test_heads_leave_the_model_and_a_few_steps_recover_some_of_it(
-    smollm2_path: Path, book: str, tmp_path: Path
+    smollm2: Callable[..., Captured], book: str, tmp_path: Path
 ) -> None:
     # the file's codes cannot be pruned: the floats they stand for can
-    floats = capture(str(smollm2_path), weights="float32")
+    floats = smollm2(weights="float32")
     graph, tokens = floats.graph, floats.tokenizer(book[:3000]).input_ids[: 6 * 64]
     heads = {"granularity": "heads", "criterion": "activation", "sparsity": 0.1}
     recover = {"recover": "distil", "recover_steps": 6, "recover_learning_rate": 1e-3}
@@ -154,12 +154,12 @@ def test_heads_leave_the_model_and_a_few_steps_recover_some_of_it(
 
 
 def test_tables_of_four_bits_lose_less_than_rounding(
-    smollm2_path: Path, prompt: list[int], book: str
+    smollm2: Callable[..., Captured], prompt: list[int], book: str
 ) -> None:
     found = {}
     methods: dict[str, dict[str, Any]] = {"rtn": {"zero_point": "integer"}, "kmeans": {"weigh_inputs": True}}
     for method, values in methods.items():
-        captured = capture(str(smollm2_path), weights="float32")
+        captured = smollm2(weights="float32")
         # not the text that is predicted below
         text = captured.tokenizer(book[20_000:28_000]).input_ids[:1024]
         windows = token_windows(text, 512)

@@ -17,7 +17,7 @@ PAGES = Rule(4, 2, 16, bits=8, page_tokens=16, page_keep=2)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lengths and times of a test."""
     monkeypatch.setattr(crossover, "LENGTHS", (64, 256, 4096))
-    monkeypatch.setattr(crossover, "SECONDS_A_LENGTH", 0.02)
+    monkeypatch.setattr(crossover, "SECONDS_A_LENGTH", 0.2)
 
 
 def test_the_switch_comes_after_the_last_length_that_gains_too_little() -> None:

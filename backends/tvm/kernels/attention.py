@@ -7,6 +7,7 @@ nothing is repeated (grouped-query attention; Ainslie et al. 2023, arXiv:2305.13
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -123,6 +124,7 @@ class AttentionSizes:
         return T.Cast("float32", code) * scale[group * width + channel]
 
 
+@functools.cache
 def attention_kernel(sizes: AttentionSizes, tiles: AttentionTiles = DEFAULT_TILES) -> Any:
     """A kernel over q [B,H,T,D], k, v [B,G,T,D], caches [B,G,C,W], positions [B,S], query positions [B,T],
     first slots [B], then k_scale, v_scale [G*D] when quantised, and the output [B,H,T,D].

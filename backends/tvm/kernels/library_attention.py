@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Final
 
 from tvm.script import tirx as T
@@ -20,6 +21,7 @@ def library_takes(sizes: AttentionSizes) -> bool:
     return sizes.width == sizes.value_width <= MAX_HEAD_WIDTH and even
 
 
+@functools.cache
 def library_attention_kernel(sizes: AttentionSizes, *, key_tile: int = 0, splits: int = 0) -> Any:
     """A call of the library with the arguments, results and caches of `attention_kernel`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Final
 
 from tvm.script import tirx as T
@@ -13,6 +14,7 @@ ROWS: Final = 4
 FEATURES: Final = 4
 
 
+@functools.cache
 def linear_kernel(width: int, features: int, *, rows: int = ROWS, columns: int = FEATURES) -> Any:
     """`out = x @ weight.T` in float32: x [N,width], weight [features,width], out [N,features]; any N.
 

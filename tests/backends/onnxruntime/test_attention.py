@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,9 +93,9 @@ def _graph(case: Case, scale: torch.Tensor) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
-@pytest.mark.parametrize("finish", FINISHES)
-@pytest.mark.parametrize("name", CASES)
-def test_chunks_then_single_tokens_agree_with_the_definition(name: str, finish: str, tmp_path: Path) -> None:
+@functools.cache
+def _model(name: str) -> tuple[ir.Model, list[TensorEntry], list[TensorEntry], torch.Tensor, torch.dtype]:
+    """A case's traced model, its interface, the scales of its codes and the type of its caches."""
     case = CASES[name]
     torch.manual_seed(0)
     scale = torch.rand(case.kv_heads * case.width) * 0.02 + (0.02 if case.bits == 8 else 0.3)
@@ -118,13 +119,20 @@ def test_chunks_then_single_tokens_agree_with_the_definition(name: str, finish: 
         torch.zeros([d if isinstance(d, int) else sizes[d] for d in e.dims], dtype=getattr(torch, e.dtype))
         for e in entries
     ]
-    model = to_model(_Traced(_graph(case, scale)), entries, outputs, examples)
+    return to_model(_Traced(_graph(case, scale)), entries, outputs, examples), entries, outputs, scale, dtype
+
+
+@pytest.mark.parametrize("finish", FINISHES)
+@pytest.mark.parametrize("name", CASES)
+def test_chunks_then_single_tokens_agree_with_the_definition(name: str, finish: str, tmp_path: Path) -> None:
+    model, entries, outputs, scale, dtype = _model(name)
+    torch.manual_seed(0)
     finished = FINISHES[finish](model)
     assert bool(kernels_of(finished)) == (finish == "kernels")
     write(finished, tmp_path / "model.onnx", entries, outputs)
     session = open_session(tmp_path / "model.onnx")
     for first in SIZES:
-        _run(session, case, scale, dtype, [first, 1, 7, 1])
+        _run(session, CASES[name], scale, dtype, [first, 1, 7, 1])
 
 
 def _run(session: Any, case: Case, scale: torch.Tensor, dtype: torch.dtype, calls: list[int]) -> None:

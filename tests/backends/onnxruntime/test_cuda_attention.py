@@ -231,7 +231,7 @@ def assert_agree(program: Program, session: Session, *, new_tokens: int, atol: f
 @pytest.fixture(scope="module")
 def half_program() -> Program:
     """A tiny model in float16 with a window on one layer and sinks on the other."""
-    captured = capture(tiny_model("llama", num_hidden_layers=2).half())
+    captured = capture(tiny_model("llama").half())
     apply(captured.graph, [
         entry("attention.static", window_tokens=8, sink_tokens=0, layers="0"),
         entry("attention.static", window_tokens=8, sink_tokens=2, layers="1"),

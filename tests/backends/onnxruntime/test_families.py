@@ -11,7 +11,9 @@ import torch
 
 from memcompile.backends.torch import TorchSession
 from memcompile.frontend import capture
+from memcompile.program import build_program
 from tests.backends.onnxruntime.build import artifact_of, session_of
+from tests.backends.onnxruntime.conftest import Plain
 from tests.models import CAUSAL_FAMILIES, OTHER_FAMILIES, captured_tiny, example_inputs, tiny_model
 
 TOLERANCE = 5e-5  # float32 sums in another order, logits of size 1
@@ -23,12 +25,12 @@ def _tokens(count: int, seed: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize("family", CAUSAL_FAMILIES)
-def test_step_agrees_with_the_model_over_chunks_and_single_tokens(family: str, tmp_path: Path) -> None:
+def test_step_agrees_with_the_model_over_chunks_and_single_tokens(family: str, plain: Plain) -> None:
     model = tiny_model(family)
     tokens = _tokens(50)
     with torch.no_grad():
         expected = model(torch.tensor([tokens])).logits[0].numpy()
-    _, session = session_of(captured_tiny(family), tmp_path / "out")
+    _, session = plain(family)
     state = session.new_state(1, 41, 9)
     (logits,) = session.prefill(state, [tokens[:41]], all_logits=True)
     np.testing.assert_allclose(logits, expected[:41], atol=TOLERANCE)
@@ -38,7 +40,7 @@ def test_step_agrees_with_the_model_over_chunks_and_single_tokens(family: str, t
 
 
 def test_doubles_are_computed_in_float32(tmp_path: Path) -> None:
-    model = tiny_model("llama").double()
+    model = tiny_model("llama", num_hidden_layers=1).double()
     tokens = _tokens(20)
     with torch.no_grad():
         expected = model(torch.tensor([tokens])).logits[0].numpy()
@@ -48,8 +50,8 @@ def test_doubles_are_computed_in_float32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_rows_of_different_length_decode_as_they_do_alone(family: str, tmp_path: Path) -> None:
-    program, session = session_of(captured_tiny(family), tmp_path / "out")
+def test_rows_of_different_length_decode_as_they_do_alone(family: str, plain: Plain) -> None:
+    program, session = plain(family)
     rows = [_tokens(33, 1), _tokens(5, 2), _tokens(1, 3)]
     state = session.new_state(3, 33, 4)
     session.prefill(state, rows)
@@ -74,10 +76,7 @@ def test_forward_agrees_with_the_model_at_another_batch_size(family: str, tmp_pa
     with torch.no_grad():
         result = model(**inputs)
     expected = result if isinstance(result, torch.Tensor) else result[0]
-    captured = capture(
-        model, example_inputs=example_inputs(family) if family == "transformer_encoder" else None
-    )
-    _, session = session_of(captured, tmp_path / "out")
+    _, session = session_of(captured_tiny(family), tmp_path / "out")
     got = session.forward({name: value.numpy() for name, value in inputs.items()})
     first = next(iter(got.values()))
     keep = inputs["attention_mask"].bool().numpy() if family == "bert" else ...
@@ -85,9 +84,9 @@ def test_forward_agrees_with_the_model_at_another_batch_size(family: str, tmp_pa
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "phi3"])
-def test_no_transpose_is_left_around_attention(family: str, tmp_path: Path) -> None:
-    program, _ = session_of(captured_tiny(family), tmp_path / "out")
-    graph = onnx.load(str(tmp_path / "out" / "model.onnx"), load_external_data=False).graph
+def test_no_transpose_is_left_around_attention(family: str, plain: Plain) -> None:
+    program, session = plain(family)
+    graph = onnx.load(str(session.artifact.path / "model.onnx"), load_external_data=False).graph
     operators = [node.op_type for node in graph.node]
     assert not {"Transpose", "Reshape"} & set(operators)
     assert operators.count("GroupQueryAttention") == len(program.states)
@@ -96,11 +95,8 @@ def test_no_transpose_is_left_around_attention(family: str, tmp_path: Path) -> N
 
 
 def test_weights_stand_once_on_disk_outside_the_graph(tmp_path: Path) -> None:
-    model = tiny_model("llama", tie_word_embeddings=True)
-    captured = capture(model)
-    from memcompile.program import build_program
-
-    out = artifact_of(build_program(captured), tmp_path / "out")
+    model = tiny_model("llama", tie_word_embeddings=True, num_hidden_layers=1)
+    out = artifact_of(build_program(capture(model)), tmp_path / "out")
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     assert (out / "weights.bin").stat().st_size <= parameters + 4096 * len(list(model.parameters()))
     external = onnx.load(str(out / "model.onnx"), load_external_data=False).graph.initializer

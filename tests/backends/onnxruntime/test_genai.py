@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from memcompile.frontend import capture
+from memcompile.frontend import Captured
 from memcompile.rewrite.manager import apply
-from memcompile.runtime import Sampling
+from memcompile.runtime import Sampling, load
 from tests.backends.onnxruntime.build import session_of
-from tests.models import tiny_model
+from tests.backends.onnxruntime.conftest import Plain
+from tests.models import captured_tiny
 from tests.rewrite.tiny import entry
 
 genai = pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai")
@@ -34,26 +36,25 @@ def generate_with_genai(folder: Path, prompt: list[int], new_tokens: int) -> lis
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
-def test_tiny_models_generate_the_same_tokens(family: str, tmp_path: Path) -> None:
-    _, session = session_of(capture(tiny_model(family)), tmp_path / "out")
+def test_tiny_models_generate_the_same_tokens(family: str, plain: Plain) -> None:
+    _, session = plain(family)
     generator = torch.Generator().manual_seed(4)
     prompt = [int(t) for t in torch.randint(3, 128, (37,), generator=generator)]
     ours = session.generate([prompt], max_new_tokens=24, sampling=Sampling())[0].tokens
     assert len(ours) >= 8, "the model ended too soon for the comparison to mean anything"
-    assert generate_with_genai(tmp_path / "out", prompt, 24)[: len(ours)] == list(ours)
+    assert generate_with_genai(session.artifact.path, prompt, 24)[: len(ours)] == list(ours)
 
 
 def test_a_windowed_artifact_does_not_claim_to_run_in_genai(tmp_path: Path) -> None:
-    captured = capture(tiny_model("llama"))
+    captured = captured_tiny("llama")
     apply(captured.graph, [entry("attention.static", window_tokens=8, sink_tokens=2)])
     session_of(captured, tmp_path / "out")
     assert not (tmp_path / "out" / "genai_config.json").exists()
 
 
 @pytest.mark.slow
-def test_smollm2_generates_the_same_tokens(smollm2_path: Path, tmp_path: Path) -> None:
-    captured = capture(str(smollm2_path))
-    _, session = session_of(captured, tmp_path / "out", chunk_tokens=512)
-    prompt = captured.tokenizer.encode("It is a truth universally acknowledged, that a single man")
+def test_smollm2_generates_the_same_tokens(smollm2: Callable[..., Captured], smollm2_artifact: Path) -> None:
+    session = load(smollm2_artifact, threads=1)
+    prompt = smollm2().tokenizer.encode("It is a truth universally acknowledged, that a single man")
     ours = session.generate([prompt], max_new_tokens=32, sampling=Sampling())[0].tokens
-    assert generate_with_genai(tmp_path / "out", list(prompt), 32)[: len(ours)] == list(ours)
+    assert generate_with_genai(smollm2_artifact, list(prompt), 32)[: len(ours)] == list(ours)

@@ -17,6 +17,8 @@ from memcompile.runtime import load, session
 from tests.backends.onnxruntime.build import artifact_of, session_of
 from tests.models import tiny_model
 
+pytestmark = pytest.mark.xdist_group("narrow")
+
 PROMPT, NEW = 70, 6
 # smaller tensors are constants that the exporter folds
 SIZES = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6, "num_key_value_heads": 3}
@@ -27,10 +29,12 @@ def _operators(path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    session_of(capture(tiny_model("llama", **SIZES).bfloat16()), tmp_path / "out")
-    return tmp_path / "out"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact that several tests look at."""
+    out = tmp_path_factory.mktemp("narrow") / "out"
+    session_of(capture(tiny_model("llama", **SIZES).bfloat16()), out)
+    return out
 
 
 def test_every_product_runs_on_the_weights_as_they_are_stored(folder: Path) -> None:

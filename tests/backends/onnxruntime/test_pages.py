@@ -27,6 +27,8 @@ from tests.backends.onnxruntime.build import artifact_of
 from tests.models import captured_tiny, tiny_model
 from tests.rewrite.tiny import entry
 
+pytestmark = pytest.mark.xdist_group("pages")
+
 PROMPT = [int(t) for t in np.random.default_rng(3).integers(3, 64, 100)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import fx
@@ -21,6 +23,7 @@ from memcompile.backends.onnxruntime.export import to_model, write
 from memcompile.backends.onnxruntime.finish import portable, with_kernels
 from memcompile.backends.torch import TorchSession
 from memcompile.dialect import DIALECT
+from memcompile.dialect.quantized_weights import QuantizedWeight
 from memcompile.program import build_program
 from memcompile.rewrite.manager import apply
 from tests.backends.onnxruntime.driver import StepDriver, open_session
@@ -61,17 +64,31 @@ class _Operator(torch.nn.Module):
 FINISHES = {"portable": portable, "kernels": lambda model: with_kernels(model, lambda _: True)}
 
 
-def lowered(
-    operator: _Operator,
-    example: torch.Tensor,
-    dims: tuple[int | str, ...],
-    folder: Path,
-    finish: str = "portable",
-) -> Any:
+Traced = tuple[ir.Model, list[TensorEntry], list[TensorEntry]]
+
+
+def traced(operator: _Operator, example: torch.Tensor, dims: tuple[int | str, ...]) -> Traced:
+    """The model of one operator and its interface."""
     inputs = [TensorEntry("x", str(example.dtype).removeprefix("torch."), dims)]
     outputs = [TensorEntry("result", "float32", ("d0", "d1", "d2"))]
-    model = FINISHES[finish](to_model(operator, inputs, outputs, [example]))
-    write(model, folder / "model.onnx", inputs, outputs)
+    return to_model(operator, inputs, outputs, [example]), inputs, outputs
+
+
+@functools.cache
+def product(
+    width: int, with_bias: bool, int8_activations: bool, **values: Any
+) -> tuple[QuantizedWeight, torch.Tensor | None, Traced]:
+    """A weight with 24 rows, its bias or none, and the traced product with them."""
+    weight = codes_of(24, width, **values)
+    bias = torch.randn(24) if with_bias else None
+    operator = _Operator("quantized_linear", weight, weight.bits, int8_activations, bias=bias)
+    return weight, bias, traced(operator, torch.randn(2, 5, width), ("batch", "tokens", width))
+
+
+def opened(traced: Traced, folder: Path, finish: str = "portable") -> Any:
+    """The finished model as a function of a tensor."""
+    model, inputs, outputs = traced
+    write(FINISHES[finish](model), folder / "model.onnx", inputs, outputs)
     session = open_session(folder / "model.onnx")
     return lambda x: session.run(None, {"x": x.numpy()})[0]
 
@@ -82,10 +99,9 @@ def lowered(
 def test_the_product_equals_the_definition(
     format_: dict[str, Any], finish: str, width: int, tmp_path: Path
 ) -> None:
-    weight = codes_of(24, width, **format_)
-    bias = torch.randn(24)
-    operator = _Operator("quantized_linear", weight, weight.bits, False, bias=bias)
-    run = lowered(operator, torch.randn(2, 5, width), ("batch", "tokens", width), tmp_path, finish)
+    weight, bias, model = product(width, True, False, **format_)
+    assert bias is not None
+    run = opened(model, tmp_path, finish)
     for tokens in SIZES:
         x = torch.randn(1, tokens, width)
         expected = DIALECT["quantized_linear"].definition(
@@ -101,9 +117,8 @@ def test_the_product_equals_the_definition(
 def test_int8_activations_are_those_of_the_definition(
     finish: str, zero_points: bool, bits: int, width: int, tmp_path: Path
 ) -> None:
-    weight = codes_of(24, width, bits=bits, block=32, zero_points=zero_points)
-    operator = _Operator("quantized_linear", weight, bits, True)
-    run = lowered(operator, torch.randn(2, 5, width), ("batch", "tokens", width), tmp_path, finish)
+    weight, _, model = product(width, False, True, bits=bits, block=32, zero_points=zero_points)
+    run = opened(model, tmp_path, finish)
     for tokens in SIZES:
         x = torch.randn(1, tokens, width)
         rounded, exact = (
@@ -122,7 +137,7 @@ def test_rows_equal_the_definition(format_: dict[str, Any], width: int, tmp_path
     weight = codes_of(50, width, **format_)
     operator = _Operator("quantized_embedding", weight, weight.bits, width, torch.float32)
     indices = torch.randint(0, 50, (2, 5))
-    run = lowered(operator, indices, ("batch", "tokens"), tmp_path)
+    run = opened(traced(operator, indices, ("batch", "tokens")), tmp_path)
     for tokens in SIZES:
         indices = torch.randint(0, 50, (1, tokens))
         expected = DIALECT["quantized_embedding"].definition(
@@ -131,8 +146,8 @@ def test_rows_equal_the_definition(format_: dict[str, Any], width: int, tmp_path
         np.testing.assert_allclose(run(indices), expected.numpy(), rtol=1e-5, atol=1e-4)
 
 
-def lower(folder: Path, family: str = "llama", **values: Any) -> TorchSession:
-    captured = captured_tiny(family, tie_word_embeddings=True, hidden_size=64, vocab_size=1000)
+def lower(folder: Path, **values: Any) -> TorchSession:
+    captured = captured_tiny("llama", tie_word_embeddings=True, hidden_size=64, vocab_size=1000)
     apply(captured.graph, [entry("weights.quantize", **values)])
     program = build_program(captured)
     OnnxRuntimeBackend().lower(program, folder, device="cpu", progress=lambda _: None)

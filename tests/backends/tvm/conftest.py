@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function) and "plain" in item.fixturenames:
             family = item.callspec.params.get("family", "llama") if hasattr(item, "callspec") else "llama"
-            item.add_marker(pytest.mark.xdist_group(f"tvm {family}"))
+            item.add_marker(pytest.mark.xdist_group(f"family {family}"))
 
 
 @pytest.fixture(scope="session")

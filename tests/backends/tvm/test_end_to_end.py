@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from memcompile.cli import main
+from tests.models import save_tiny
 
 ROOT = Path(__file__).parents[3]
 RUN = """
@@ -79,7 +80,7 @@ def test_the_manifest_says_how_to_run_it(made: Path) -> None:
 
 @pytest.mark.slow
 def test_optimize_measures_original_and_rewritten_model(
-    tmp_path: Path, tiny_folder: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "book.txt").write_text(
         "the quick brown fox jumps over the lazy dog. " * 200, encoding="utf-8"
@@ -94,7 +95,8 @@ def test_optimize_measures_original_and_rewritten_model(
         "gates: {perplexity: {max_increase: 0.1%}}\n",
         encoding="utf-8",
     )
-    command = ["optimize", str(tiny_folder("llama")), "--plan", str(plan), "-o", str(tmp_path / "out")]
+    folder = save_tiny("llama", tmp_path / "model", num_hidden_layers=1)
+    command = ["optimize", str(folder), "--plan", str(plan), "-o", str(tmp_path / "out")]
     assert main([*command, "--no-source", "--quick", "--json"]) == 0
     printed = json.loads(capfd.readouterr().out)
     assert printed["rewritten"]["perplexity"] == pytest.approx(printed["original"]["perplexity"], rel=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from memcompile.backends.torch import TorchSession
-from memcompile.frontend import capture
+from memcompile.frontend import Captured, capture
 from tests.backends.tvm.build import session_of
 from tests.backends.tvm.conftest import Plain
 from tests.models import CAUSAL_FAMILIES, OTHER_FAMILIES, captured_tiny, example_inputs, tiny_model
@@ -44,11 +46,12 @@ def test_step_agrees_with_the_model_however_the_tokens_are_split(family: str, pl
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_float_types_are_computed_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
-    tokens = _tokens(20)
+    tokens, model = _tokens(20), tiny_model("llama", num_hidden_layers=1).to(dtype)
+    captured = capture(copy.deepcopy(model))
     with torch.no_grad():
         # the same rounded weights, without bfloat16's rounding of every result
-        expected = tiny_model("llama").to(dtype).float()(torch.tensor([tokens])).logits[0].numpy()
-    _, session = session_of(capture(tiny_model("llama").to(dtype)), tmp_path / "out")
+        expected = model.float()(torch.tensor([tokens])).logits[0].numpy()
+    _, session = session_of(captured, tmp_path / "out")
     (logits,) = session.prefill(session.new_state(1, 20, 0), [tokens], all_logits=True)
     np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
 
@@ -103,8 +106,10 @@ def test_a_decode_step_copies_no_cache(plain: Plain) -> None:
 
 
 @pytest.mark.slow
-def test_smollm2_agrees_with_the_torch_program(smollm2_path: Path, book: str, tmp_path: Path) -> None:
-    captured = capture(str(smollm2_path))
+def test_smollm2_agrees_with_the_torch_program(
+    smollm2: Callable[..., Captured], book: str, tmp_path: Path
+) -> None:
+    captured = smollm2()
     program, session = session_of(captured, tmp_path / "out", chunk_tokens=512)
     tokens = captured.tokenizer.encode(book[:4000])[:600]
     judge = TorchSession(program)

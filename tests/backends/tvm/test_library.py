@@ -79,7 +79,9 @@ def test_without_the_library_attention_is_a_kernel_of_tvm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backend, "find_library", lambda: None)
-    program, session = session_of(captured_tiny("gemma3"), tmp_path / "out")
+    kinds = ["sliding_attention", "full_attention"]
+    captured = captured_tiny("gemma3", num_hidden_layers=2, layer_types=kinds)
+    program, session = session_of(captured, tmp_path / "out")
     assert not linked(tmp_path / "out")
     agrees(program, session, tokens(41))
 

@@ -20,7 +20,7 @@ from tests.rewrite.tiny import entry
     "values", [{"bits": 8}, {"bits": 4, "zero_point": "float"}, {"bits": 3, "method": "kmeans"}], ids=str
 )
 def test_a_quantised_model_agrees_with_the_torch_program(values: dict[str, Any], tmp_path: Path) -> None:
-    captured = captured_tiny("llama", tie_word_embeddings=True)
+    captured = captured_tiny("llama", tie_word_embeddings=True, num_hidden_layers=1)
     apply(captured.graph, [entry("weights.quantize", block_size=16, activations="float", **values)])
     _, session = session_of(captured, tmp_path / "out")
     judge = TorchSession(build_program(captured))

@@ -12,12 +12,11 @@ import torch
 from torch import fx
 
 from memcompile import pipeline
-from memcompile.frontend import capture
 from memcompile.plan import load_plan
 from memcompile.rewrite.manager import apply
 from memcompile.rewrite.verify import verify
 from memcompile.runtime import load
-from tests.models import captured_tiny, tiny_model
+from tests.models import captured_tiny
 from tests.rewrite.tiny import entry, prompts
 
 QUANTIZED = torch.ops.memcompile.quantized_experts.default
@@ -79,7 +78,7 @@ def test_the_artifact_runs_them_as_one_operator(
             "passes": [{"weights.quantize": {**config, "block_size": 16}}],
         }
     )
-    pipeline.optimize(capture(tiny_model("mixtral")), plan, tmp_path / "out", evaluate=False)
+    pipeline.optimize(captured_tiny("mixtral"), plan, tmp_path / "out", evaluate=False)
     operators = [node.op_type for node in ir.load(tmp_path / "out" / "model.onnx").graph]
     assert operators.count("QMoE") == 2
     session = load(tmp_path / "out", threads=1)

@@ -14,14 +14,14 @@ from torch import fx
 from memcompile import pipeline
 from memcompile.calibrate.collect import CalibrationData, token_windows
 from memcompile.errors import MemcompileError
-from memcompile.frontend import Captured, capture
+from memcompile.frontend import Captured
 from memcompile.passes.weights.prune import PruneConfig
 from memcompile.plan import Plan, load_plan
 from memcompile.program import copy_graph
 from memcompile.regions import attention_regions, weight_regions
 from memcompile.rewrite.manager import RewriteResult, apply
 from memcompile.runtime import load
-from tests.models import captured_tiny, tiny_model
+from tests.models import captured_tiny
 from tests.passes.weights.test_scaled import with_outliers
 from tests.rewrite.tiny import calibration, entry, prompts, tiny_graph
 
@@ -233,7 +233,7 @@ def test_channels_heads_and_layers_leave_the_artifact(tmp_path: Path) -> None:
                 "passes": [] if config is None else [{"weights.prune": config}],
             }
         )
-        captured, folder = capture(tiny_model("llama")), tmp_path / name
+        captured, folder = captured_tiny("llama"), tmp_path / name
         pipeline.optimize(captured, plan, folder, evaluate=False, windows=text(tmp_path).windows)
         sizes[name] = sum(f.stat().st_size for f in folder.rglob("*") if f.suffix in (".bin", ".data"))
         session = load(folder, threads=1)
