@@ -14,6 +14,7 @@ namespace MC_ISA {
 constexpr int MAX_ROWS = 16;     // queries of one group that decode takes together
 constexpr int PART_KEYS = 1024;  // scores kept at a time: long, so that memory is read in long streams
 constexpr int NEAR_KEYS = 32;    // value rows read at a time
+constexpr int AHEAD_ROWS = 48;   // how far ahead rows are fetched
 
 struct Decode {
     const McAttention *c;
@@ -79,15 +80,15 @@ template <int TYPE, int N> static inline void read_row(const void *data, int64_t
     }
 }
 
-// What lies ahead is fetched while a row is multiplied, which hardware does as far as a page goes. Codes, read
-// slowly, come into the first cache; floats into the second, for lines on their way to the first hold up loads.
+// A row that comes later is fetched while one is multiplied: hardware does so as far as a page goes, and not for
+// chosen slots. Codes, read slowly, come into the first cache; floats into the second, for lines on their way to
+// the first hold up loads.
 template <int TYPE, int N> static inline void prefetch(const void *data, int64_t at, int first) {
     constexpr bool CODES = TYPE == MC_I8 || TYPE == MC_I4;
-    constexpr int64_t AHEAD_BYTES = CODES ? 6144 : 8192;
     // bytes of a stored row's element, and of a vector
     constexpr int SIZE = TYPE == MC_F32 ? 4 : CODES ? 1 : 2;
     constexpr int VECTOR = TYPE == MC_I4 ? LANES / 2 : TYPE == PAIRS ? LANES * 4 : LANES * SIZE;
-    const char *p = (const char *)data + at * SIZE + first * VECTOR + AHEAD_BYTES;
+    const char *p = (const char *)data + at * SIZE + first * VECTOR;
     for (int i = 0; i < N * VECTOR; i += 64) __builtin_prefetch(p + i, 0, CODES ? 3 : 2);
 }
 
@@ -100,7 +101,7 @@ template <int TYPE> static inline Vf add_product(Vf c, Vf a, Vf b) {
 }
 
 // Scores of LANES keys for R queries, over N of the D/LANES vectors; `add` goes on with earlier ones.
-// D counts words, here and wherever rows of keys are read.
+// D counts words, and `at` goes on for AHEAD_ROWS, here and wherever rows of keys are read.
 template <int TYPE, int R, int N>
 static inline void score(const void *k, const int64_t *at, int first, const float *q, int64_t D, float *s,
                          int64_t s_row, bool add) {
@@ -110,7 +111,7 @@ static inline void score(const void *k, const int64_t *at, int first, const floa
     Vf acc[R][LANES];
     for (int j = 0; j < LANES; j++) {
         Vf row[N];
-        prefetch<TYPE, N>(k, at[j], first);
+        prefetch<TYPE, N>(k, at[j + AHEAD_ROWS], first);
         read_row<TYPE, N>(k, at[j], first, row);
         for (int r = 0; r < R; r++) {
             Vf x = {};
@@ -133,7 +134,7 @@ static inline void gather(const void *v, const int64_t *at, int n, int first, co
         for (int i = 0; i < N; i++) acc[r][i] = load(o + r * D + (first + i) * LANES);
     for (int j = 0; j < n; j++) {
         Vf row[N];
-        prefetch<TYPE, N>(v, at[j], first);
+        prefetch<TYPE, N>(v, at[j + AHEAD_ROWS], first);
         read_row<TYPE, N>(v, at[j], first, row);
         for (int r = 0; r < R; r++)
             for (int i = 0; i < N; i++) acc[r][i] += p[r * p_row + j] * row[i];
@@ -152,8 +153,8 @@ static inline void gather_pairs(const void *v, const int64_t *at, int n, int fir
         for (int i = 0; i < 2 * N; i++) acc[r][i] = load(o + r * D + (2 * first + i) * LANES);
     for (int j = 0; j < n; j += 2) {
         Vf even[N], odd[N];
-        prefetch<PAIRS, N>(v, at[j], first);
-        prefetch<PAIRS, N>(v, at[j + 1], first);
+        prefetch<PAIRS, N>(v, at[j + AHEAD_ROWS], first);
+        prefetch<PAIRS, N>(v, at[j + 1 + AHEAD_ROWS], first);
         read_row<PAIRS, N>(v, at[j], first, even);
         read_row<PAIRS, N>(v, at[j + 1], first, odd);
         for (int i = 0; i < N; i++) {
@@ -245,8 +246,8 @@ static void decode_part(const Decode &d, int64_t b, int64_t g, int64_t part, con
     int rows = d.rows;
     float *s = scratch.take<float>(MAX_ROWS * PART_KEYS), *o = partial;
     float *m = partial + rows * D, *l = m + rows;
-    int64_t *at = scratch.take<int64_t>(PART_KEYS + LANES);
-    int32_t *slot = scratch.take<int32_t>(PART_KEYS + LANES);
+    int64_t *at = scratch.take<int64_t>(PART_KEYS + LANES + AHEAD_ROWS);
+    int32_t *slot = scratch.take<int32_t>(PART_KEYS + LANES + AHEAD_ROWS);
     for (int64_t i = 0; i < rows * D; i++) o[i] = 0;
     for (int r = 0; r < rows; r++) m[r] = NOTHING, l[r] = 0;
     float to_log2 = c.softcap > 0 ? LOG2E : c.scale * LOG2E;
@@ -265,7 +266,9 @@ static void decode_part(const Decode &d, int64_t b, int64_t g, int64_t part, con
         if (!n) continue;
         int padded = (n + LANES - 1) / LANES * LANES;
         for (int j = n; j < padded; j++) slot[j] = slot[n - 1];
-        for (int j = 0; j < padded; j++) at[j] = k_at + (int64_t)slot[j] * c.k.token;
+        // what is fetched at the end of a chunk: the beginning of the next one, where slots are not chosen
+        for (int j = padded; j < padded + AHEAD_ROWS; j++) slot[j] = slot[n - 1] + (slots ? 0 : j - n + 1);
+        for (int j = 0; j < padded + AHEAD_ROWS; j++) at[j] = k_at + (int64_t)slot[j] * c.k.token;
         for (int j = 0; j < padded; j += LANES)
             score_rows<TYPE>(rows, c.k.data, at + j, q, words, s + j);
         for (int r = 0; r < rows; r++) {
@@ -301,7 +304,7 @@ static void decode_part(const Decode &d, int64_t b, int64_t g, int64_t part, con
             if constexpr (TYPE == PAIRS) narrow_in_place(x, padded);
 #endif
         }
-        for (int j = 0; j < padded; j++) at[j] = v_at + (int64_t)slot[j] * c.v.token;
+        for (int j = 0; j < padded + AHEAD_ROWS; j++) at[j] = v_at + (int64_t)slot[j] * c.v.token;
         // few enough at a time that the rows' other channels are still in the first cache
         for (int j = 0; j < n; j += NEAR_KEYS)
             gather_rows<TYPE>(rows, c.v.data, at + j, n - j < NEAR_KEYS ? n - j : NEAR_KEYS,
@@ -314,7 +317,7 @@ static void decode_task(void *data, size_t index) {
     const McAttention &c = *d.c;
     int64_t part = (int64_t)index % d.parts, g = (int64_t)index / d.parts % c.G;
     int64_t b = (int64_t)index / d.parts / c.G, group = c.H / c.G, D = c.D;
-    size_t bytes = 4 * ((size_t)d.rows * (size_t)D + MAX_ROWS * PART_KEYS + 4 * (PART_KEYS + LANES)) + 4096;
+    size_t bytes = 4 * ((size_t)d.rows * (size_t)D + MAX_ROWS * PART_KEYS + 4 * (PART_KEYS + LANES + AHEAD_ROWS)) + 4096;
     if (!scratch.reserve(bytes + 4 * (size_t)D)) {
         __atomic_store_n(&d.no_memory, true, __ATOMIC_RELAXED);
         return;

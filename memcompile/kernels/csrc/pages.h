@@ -49,9 +49,9 @@ static void score_pages(const McAttention &c, int64_t b, int64_t g, int64_t from
             }
         return;
     }
-    int64_t at[LANES];
+    int64_t at[LANES + AHEAD_ROWS];
     for (int64_t j = from; j < to; j += LANES) {
-        for (int i = 0; i < LANES; i++)
+        for (int i = 0; i < LANES + AHEAD_ROWS; i++)
             at[i] = first + (j + i < to ? j + i : to - 1) * c.bounds.token;
         float *scored = s + (j - from);
         switch (c.kv_type) {
