@@ -109,18 +109,19 @@ class _Student:
     def __init__(self, graph_module: fx.GraphModule, names: Sequence[str], *, factors: bool) -> None:
         self._types = {name: _read(graph_module, name).dtype for name in names}
         values = {name: evaluated(_read(graph_module, name)).detach().float().clone() for name in names}
+        # `_times`: what a trained tensor is multiplied by to be the graph's
         if factors:
-            self._masks, values = values, {name: torch.ones_like(value) for name, value in values.items()}
+            self._times, values = values, {name: torch.ones_like(value) for name, value in values.items()}
         else:
             # what is zero in a matrix was pruned: no gradient reaches it
-            self._masks = {name: value != 0 for name, value in values.items() if value.ndim > 1}
+            self._times = {name: value != 0 for name, value in values.items() if value.ndim > 1}
         self._leaves = {name: value.requires_grad_() for name, value in values.items()}
         self.count = sum(value.numel() for value in values.values())
         self.runner = _Runner(graph_module, {name: self._maker(name) for name in names})
 
     def _maker(self, name: str) -> Callable[[], torch.Tensor]:
-        leaf, mask, dtype = self._leaves[name], self._masks.get(name), self._types[name]
-        return lambda: (leaf if mask is None else leaf * mask).to(dtype)
+        leaf, times, dtype = self._leaves[name], self._times.get(name), self._types[name]
+        return lambda: (leaf if times is None else leaf * times).to(dtype)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What was trained, in the types it came in."""
@@ -253,9 +254,7 @@ def _rows(weight: LazyParameter, transposed: bool) -> torch.Tensor:
 
 def _logits(graph_module: fx.GraphModule) -> fx.Node:
     """The output that holds the logits; the product that gives them, if they leave in another shape."""
-    head = head_of(
-        graph_module, "recovery compares a model's logits", fix="of weights.prune, set recover: none"
-    )
+    head = head_of(graph_module, "recovery compares a model's logits", fix="set recover: none")
     outputs = next(n for n in graph_module.graph.nodes if n.op == "output").all_input_nodes
     wide = [n for n in outputs if (v := n.meta["val"]).is_floating_point() and v.shape[-1] == head.rows]
     return wide[0] if wide else head.node
