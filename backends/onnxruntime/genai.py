@@ -27,7 +27,7 @@ def is_plain(states: Sequence[StateEntry], groups: Sequence[GroupEntry]) -> bool
         bool(states)
         and [s.region for s in states] == [str(i) for i in range(len(states))]
         and [g.input for g in groups] == [MASK_INPUT]
-        and all(s.bits == 0 and s.dtype != "bfloat16" and not s.page_tokens for s in states)
+        and all(s.dtype in ("float32", "float16") and not s.page_tokens for s in states)
         and len({(s.heads, s.kv_heads, s.head_dim) for s in states}) == 1
     )
 
